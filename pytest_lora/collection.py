@@ -1,0 +1,128 @@
+"""Turns the suite's modules into test items of the session, in a sensible order.
+
+The modules are added to the session as nodes, not to its arguments: pytest 8 drops tests of the
+user's own when arguments overlap, and an adapter's folder must never become a collected path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from pytest_lora import suite
+from pytest_lora.catalog import CHECKS, CheckSpec, Need, find_check
+from pytest_lora.errors import UsageError
+from pytest_lora.records import CheckResult, Outcome
+from pytest_lora.run import Run
+
+__all__ = ["SuiteModule", "SuitePlan", "collect_suite", "spec_of"]
+
+_MODULES = ("files", "base", "weights", "switching", "merge", "reload")
+_NODE_ID = re.compile(r"lora/test_\w+::test_(?P<check>\w+)\[(?P<adapter>.*)\](?:@.*)?", re.DOTALL)
+
+
+class SuiteModule(pytest.Module):
+    """A module of the built-in suite, whose node ids read ``lora/test_merge::...``."""
+
+    def _getobj(self) -> ModuleType:
+        return importlib.import_module(f"{suite.__name__}.{self.path.stem}")
+
+    def funcnamefilter(self, name: str) -> bool:
+        """The suite's own names, whatever ``python_functions`` says in the user's project."""
+        return name.startswith("test_")
+
+    def classnamefilter(self, name: str) -> bool:
+        """The suite has no classes."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class SuitePlan:
+    """The checks a run is going to make, as (adapter, check) pairs."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, node_ids: Iterable[str]) -> SuitePlan:
+        """The plan that node ids tell; those of other tests are passed over."""
+        matches = (_NODE_ID.fullmatch(node_id) for node_id in node_ids)
+        return cls(tuple((match["adapter"], match["check"]) for match in matches if match))
+
+    def not_run(self, results: Sequence[CheckResult]) -> list[CheckResult]:
+        """A result for every planned check that has none, saying so."""
+        done = {(result.adapter, result.check) for result in results}
+        reason = "not run: the run ended before it came to this check"
+        return [
+            CheckResult(check=check, adapter=adapter, outcome=Outcome.SKIPPED, reason=reason)
+            for adapter, check in self.pairs
+            if (adapter, check) not in done
+        ]
+
+
+def collect_suite(
+    session: pytest.Session, run: Run
+) -> tuple[list[pytest.Function], list[pytest.Function]]:
+    """The suite's items for every adapter of the run: those selected, and those left out.
+
+    Raises:
+        UsageError: an adapter has no item at all, which would be a silent pass.
+    """
+    items = [item for name in _MODULES for item in _module_items(session, name)]
+    for name in run.locate():
+        if not any(_adapter_of(item) == name for item in items):
+            raise UsageError(f"no check was collected for the adapter {name}")
+    bases = {name: _base_of(run, name) for name in run.locate()}
+    ordered = sorted(items, key=lambda item: _order(item, list(bases), list(bases.values())))
+    for item in ordered:
+        _mark(item, bases)
+    chosen = [item for item in ordered if run.settings.selected(_spec(item))]
+    return chosen, [item for item in ordered if item not in chosen]
+
+
+def spec_of(item: pytest.Item) -> CheckSpec | None:
+    """The check a test of the suite carries out; None for any other test."""
+    if item.getparent(SuiteModule) is None or not isinstance(item, pytest.Function):
+        return None
+    return _spec(item)
+
+
+def _spec(item: pytest.Function) -> CheckSpec:
+    return find_check(item.originalname.removeprefix("test_"))
+
+
+def _module_items(session: pytest.Session, name: str) -> list[pytest.Function]:
+    path = Path(suite.__path__[0]) / f"test_{name}.py"
+    module = SuiteModule.from_parent(session, path=path, nodeid=f"lora/{path.stem}")
+    return [item for item in session.genitems(module) if isinstance(item, pytest.Function)]
+
+
+def _adapter_of(item: pytest.Function) -> str:
+    return str(item.callspec.params["lora_adapter"])
+
+
+def _base_of(run: Run, adapter: str) -> str:
+    settings = run.settings_for(adapter)
+    return settings.base_model or run.adapter(adapter).base_model or ""
+
+
+def _order(item: pytest.Function, names: list[str], bases: list[str]) -> tuple[int, ...]:
+    """Cheap checks over all adapters first, then adapter by adapter, base by base."""
+    spec = _spec(item)
+    adapter = names.index(_adapter_of(item))
+    position = CHECKS.index(spec)
+    if spec.need <= Need.BASE:
+        return (spec.need, adapter, position)
+    return (Need.WEIGHTS, bases.index(bases[adapter]), adapter, position)
+
+
+def _mark(item: pytest.Function, bases: dict[str, str]) -> None:
+    item.add_marker("lora")
+    if _spec(item).need > Need.FILES and item.config.pluginmanager.hasplugin("xdist"):
+        # With --dist loadgroup a base model is loaded by one worker only.
+        item.add_marker(pytest.mark.xdist_group(bases[_adapter_of(item)] or _adapter_of(item)))

@@ -1,0 +1,425 @@
+"""The hooks of the plugin, and nothing but hooks: each hands over to a plain function.
+
+Loaded in every pytest run of an environment that has us, so nothing heavy is imported here and
+every hook returns at once in a run that does not use us.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_lora import fixtures
+from pytest_lora._argv import join_values
+from pytest_lora.errors import CannotRun, CheckFailed, LoraError, NotApplicable, UsageError
+from pytest_lora.fixtures import RUN
+from pytest_lora.settings import Layer, ini_name, option_name, table
+
+if TYPE_CHECKING:
+    from pytest_lora.collection import SuitePlan
+    from pytest_lora.records import CheckResult, Json
+    from pytest_lora.run import Run
+
+_MENDED = pytest.StashKey[tuple[list[str], str]]()
+_PLAN: pytest.StashKey[SuitePlan] = pytest.StashKey()
+_PROPERTY = "pytest_lora"
+_MARKERS = (
+    "lora: a test about a LoRA adapter; every test of the built-in suite has it",
+    "lora_adapter(path, ...): run the test for the adapters at these paths",
+    "lora_bounds(check=limit, ...): bounds for this test, for example "
+    "lora_bounds(merge_equivalence=2)",
+)
+
+
+# ---------------------------------------------------------------------------------- configuration
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    # Not by `pytest_plugins`: pytest 8 warns that it cannot rewrite a module we have imported.
+    pluginmanager.register(fixtures, fixtures.__name__)
+    group = parser.getgroup("lora", "LoRA adapters")
+    for name, setting in table():
+        if setting.flag:
+            kind: dict[str, Any] = {"action": "store_const", "const": True}
+        else:
+            kind = {"action": "append" if setting.many else "store", "metavar": setting.metavar}
+        group.addoption(
+            option_name(name),
+            dest=ini_name(name),
+            default=None,
+            help=f"{setting.help} [ini: {ini_name(name)}]",
+            **kind,
+        )
+        parser.addini(ini_name(name), setting.help, type=setting.ini, default=None)  # type: ignore[arg-type]
+    group.addoption(
+        "--lora-list-checks", action="store_true", help="list the checks of the suite and exit"
+    )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, args: list[str]
+) -> Generator[None, None, None]:
+    """The last moment before anything of an adapter could be taken for the project's own."""
+    mended = _mend(early_config)
+    if mended is not None:
+        # Pytest has looked for its configuration in the wrong place by now, but has not read a
+        # conftest yet, and shall not: pytest_cmdline_main starts over.
+        early_config.stash[_MENDED] = mended
+        early_config.known_args_namespace.noconftest = True
+    values = getattr(early_config.known_args_namespace, "lora_adapter", None) or ()
+    if values and mended is None:
+        _refuse_adapter_as_project(early_config, values)
+    return (yield)
+
+
+def _mend(config: pytest.Config) -> tuple[list[str], str] | None:
+    """Arguments and PYTEST_ADDOPTS with ``--lora-adapter PATH`` joined, if that changes them.
+
+    Only finds something where the command line was not mended at start-up, see
+    :mod:`pytest_lora._argv`: in ``pytest.main([...])``, ``PYTEST_ADDOPTS`` and ``python -I``.
+    """
+    import shlex
+
+    given = [str(argument) for argument in config.invocation_params.args]
+    added = shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))
+    joined, mended = join_values(given), join_values(added)
+    return None if (joined, mended) == (given, added) else (joined, shlex.join(mended))
+
+
+def _start_over(config: pytest.Config, arguments: list[str], added: str) -> int:
+    """Run pytest anew with the mended arguments, as if they had been given."""
+    folders = [
+        (config.invocation_params.dir / argument.partition("=")[2]).resolve()
+        for argument in (*arguments, *added.split())
+        if argument.startswith("--lora-adapter=")
+    ]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in folders]
+    before = os.environ.get("PYTEST_ADDOPTS")
+    os.environ["PYTEST_ADDOPTS"] = added
+    try:
+        return int(pytest.main(arguments, list(config.invocation_params.plugins or ())))
+    finally:
+        os.environ.pop("PYTEST_ADDOPTS")
+        if before is not None:
+            os.environ["PYTEST_ADDOPTS"] = before
+
+
+def _refuse_adapter_as_project(config: pytest.Config, values: Iterable[str]) -> None:
+    """Stop when an adapter's folder would be read as the project or as a folder of tests."""
+    start = config.invocation_params.dir
+    folders = [(start / value).resolve() for value in values if (start / value).is_dir()]
+    given = [
+        (start / arg.split("::")[0]).resolve() for arg in config.known_args_namespace.file_or_dir
+    ]
+    places = {
+        "pytest's configuration": config.inipath,
+        "the current directory": start.resolve(),
+        **{f"the test path {path}": path for path in given},
+    }
+    for folder in folders:
+        if not _holds_code(folder):
+            continue
+        if folder.parent == start.resolve() and folder.name.startswith("test"):
+            places[f"a folder pytest reads conftest.py from, {folder.name}"] = folder
+        for what, place in places.items():
+            if place is not None and (place == folder or folder in place.parents):
+                raise pytest.UsageError(
+                    f"{what} lies in the adapter {folder}, which holds Python code or pytest "
+                    "configuration that would be run; start pytest from your project and leave "
+                    "the adapter out of its test paths"
+                )
+
+
+def _holds_code(folder: Path) -> bool:
+    from pytest_lora._argv import CONFIGS
+
+    named = any((folder / name).exists() for name in CONFIGS)
+    return named or next(folder.rglob("*.py"), None) is not None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if _MENDED in config.stash:
+        return _start_over(config, *config.stash[_MENDED])
+    if not config.getoption("--lora-list-checks"):
+        return None
+    from pytest_lora.report.text import check_list
+
+    print(check_list())
+    return 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    with _as_usage_error():
+        run = config.stash[RUN] = _make_run(config)
+        if run.settings.adapter:
+            run.require_libraries()
+            run.locate()
+            _require_writable(run)
+
+
+def _make_run(config: pytest.Config) -> Run:
+    from pytest_lora.run import Run
+
+    return Run(list(_layers(config)), start=config.invocation_params.dir, root=config.rootpath)
+
+
+def _layers(config: pytest.Config) -> Iterable[Layer]:
+    folder = config.inipath.parent if config.inipath else config.rootpath
+    ini = {}
+    for name, setting in table():
+        try:
+            value = config.getini(ini_name(name))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"ini key {ini_name(name)}: {error}") from None
+        if value is not None and value != []:
+            ini[name] = _anchored(value, folder) if setting.path else value
+    given = {name: config.getoption(ini_name(name)) for name, _ in table()}
+    yield Layer(ini, lambda name: f"ini {ini_name(name)}")
+    yield Layer({name: value for name, value in given.items() if value is not None}, option_name)
+
+
+def _anchored(value: Any, folder: Path) -> Any:
+    """Paths from an ini file, relative to it; what is no path there (a hub id) stays as it is."""
+    if isinstance(value, list):
+        return [_anchored(item, folder) for item in value]
+    path = folder / os.path.expanduser(value)
+    is_here = path.parent.is_dir() or any(folder.glob(value)) if not path.is_absolute() else True
+    return str(path) if is_here else value
+
+
+def _require_writable(run: Run) -> None:
+    if run.settings.report is None:
+        return
+    path = run.start / run.settings.report
+    if path.suffix != ".json":
+        raise UsageError(f"{run.settings.origin('report')}: {path.name} is not a .json file")
+    if path.is_dir():
+        raise UsageError(f"{run.settings.origin('report')}: {path} is a folder")
+
+
+class _as_usage_error:  # noqa: N801  (reads as a phrase at its uses)
+    """Our UsageError, shown by pytest as its own: one line, exit status 4, no traceback."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UsageError):
+            raise pytest.UsageError(str(error)) from None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    run = config.stash.get(RUN, None)
+    if run is not None:
+        run.close()
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    run = config.stash[RUN]
+    names = run.locate()
+    if not names:
+        return None
+    from pytest_lora.run import versions
+
+    found = [f"{name} {version}" for name, version in versions().items() if version]
+    counted = "1 adapter" if len(names) == 1 else f"{len(names)} adapters"
+    return f"lora: {counted}; {', '.join(found)}"
+
+
+# ------------------------------------------------------------------------------------- collection
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Nothing inside an adapter is ever collected: its conftest.py would run."""
+    run = config.stash[RUN]
+    if not run.settings.adapter:
+        return None
+    path = collection_path.resolve()
+    inside = any(path == folder or folder in path.parents for folder in run.folders())
+    return True if inside else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "lora_adapter" not in metafunc.fixturenames:
+        return
+    run = metafunc.config.stash[RUN]
+    marked = [
+        path for mark in metafunc.definition.iter_markers("lora_adapter") for path in mark.args
+    ]
+    names = marked or list(run.locate())
+    if names:
+        metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    run = config.stash[RUN]
+    if not run.settings.adapter:
+        return
+    from pytest_lora.collection import collect_suite
+
+    with _as_usage_error():
+        chosen, left_out = collect_suite(session, run)
+    items += chosen
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    run = session.config.stash[RUN]
+    if run.settings.adapter and not hasattr(session.config, "workerinput"):
+        from pytest_lora.collection import SuitePlan
+
+        session.config.stash[_PLAN] = SuitePlan.of(item.nodeid for item in session.items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """On the controller, where nothing is collected: what the workers are going to run."""
+    config: pytest.Config = node.config
+    if config.stash[RUN].settings.adapter:
+        from pytest_lora.collection import SuitePlan
+
+        config.stash[_PLAN] = SuitePlan.of(ids)
+
+
+# ---------------------------------------------------------------------------------------- running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    if not _is_ours(item):
+        return (yield)
+    from pytest_lora.running import skip_if_blocked, watch
+
+    with watch(item, "setup"):
+        skip_if_blocked(item)
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    if not _is_ours(item):
+        return (yield)
+    from pytest_lora.running import watch
+
+    with watch(item, "call"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    if not _is_ours(item):
+        return (yield)
+    from pytest_lora.running import watch
+
+    with watch(item, "teardown"):
+        return (yield)
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    names = getattr(item, "fixturenames", ())
+    return "lora_run" in names or item.get_closest_marker("lora") is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Our own exceptions are shown as their message: the evidence is in it, not in our frames."""
+    report = yield
+    expected = (CheckFailed, CannotRun, NotApplicable, UsageError)
+    if call.excinfo is not None and report.failed and isinstance(call.excinfo.value, expected):
+        shown = call.excinfo.getrepr(style="value")
+        if shown.reprcrash is not None:
+            # What the short summary quotes; the name of the exception says nothing there.
+            shown.reprcrash.message = str(call.excinfo.value)
+        report.longrepr = shown
+    return report
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(_Collected(session.config), "pytest_lora_results")
+
+
+class _Collected:
+    """Gathers results from reports, so that it is all the same whether workers ran the tests."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.results: list[CheckResult] = []
+        self.about: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == f"{_PROPERTY}.{report.when}":
+                from pytest_lora.records import CheckResult
+
+                data = json.loads(str(value))
+                self.about.update(data["about"])
+                self.results += [CheckResult.from_dict(item) for item in data["results"]]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        run = self.config.stash[RUN]
+        if _PLAN in self.config.stash:
+            self.results += self.config.stash[_PLAN].not_run(self.results)
+        self.results.sort(key=run.planned_order)
+        if run.settings.report is not None and (self.results or run.settings.adapter):
+            self._write(session, run, int(exitstatus))
+
+    def _write(self, session: pytest.Session, run: Run, exitstatus: int) -> None:
+        from pytest_lora.report.json_report import build_report, write_report
+        from pytest_lora.run import versions
+
+        environment: dict[str, Json] = {
+            "versions": versions(),
+            "platform": platform.platform(),
+            "adapters": self.about,
+            "exit_status": exitstatus,
+        }
+        try:
+            write_report(
+                run.start / str(run.settings.report), build_report(self.results, environment)
+            )
+        except LoraError as error:
+            # Raising here would be an internal error with a traceback; not saying it, a lie.
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+            self._say(f"ERROR: {error}")
+
+    def _say(self, text: str) -> None:
+        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(text, red=True)
+
+    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
+        if not self.results or config.getoption("no_summary", False):
+            return
+        from pytest_lora.report.terminal import summary_lines
+
+        verbosity = config.get_verbosity()
+        shown = (
+            self.results if verbosity >= 0 else [r for r in self.results if r.outcome != "passed"]
+        )
+        if not shown:
+            return
+        terminalreporter.write_sep("=", "LoRA adapters")
+        width = terminalreporter._tw.fullwidth
+        for line, colour in summary_lines(shown, self.about, width=width, detail=verbosity > 0):
+            terminalreporter.write_line(line, **({colour: True} if colour else {}))

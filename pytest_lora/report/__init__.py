@@ -1,0 +1,1 @@
+"""Formats results; never calculates, never judges."""

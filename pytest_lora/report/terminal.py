@@ -1,0 +1,107 @@
+"""The summary in the terminal: one table per adapter, readable without colour and in a pipe."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+
+from pytest_lora.records import CheckResult, Outcome
+from pytest_lora.report.text import allowed, clean, measured
+
+__all__ = ["summary_lines"]
+
+_WORDS = {
+    Outcome.PASSED: "pass",
+    Outcome.FAILED: "FAIL",
+    Outcome.SKIPPED: "skip",
+    Outcome.INCONCLUSIVE: "INCONCLUSIVE",
+    Outcome.ERROR: "ERROR",
+}
+_COLOURS = {
+    Outcome.PASSED: "green",
+    Outcome.FAILED: "red",
+    Outcome.SKIPPED: "yellow",
+    Outcome.INCONCLUSIVE: "yellow",
+    Outcome.ERROR: "red",
+}
+_NARROWEST = 60
+_WIDEST_NAME = 30
+
+
+def summary_lines(
+    results: Sequence[CheckResult], about: Mapping[str, str], *, width: int, detail: bool = False
+) -> Iterator[tuple[str, str | None]]:
+    """Lines of the summary with the colour each may be shown in, or None.
+
+    Args:
+        results: in the order they are to be shown; results of one adapter stand together.
+        about: one line of description per adapter name.
+        width: columns of the terminal.
+        detail: show notes too.
+    """
+    width = max(width, _NARROWEST)
+    for adapter, group in groupby(results, key=lambda result: result.adapter):
+        rows = list(group)
+        described = about.get(adapter, "")
+        yield from _wrapped(f"{clean(adapter)}  {clean(described)}", "", width, None)
+        heads = _heads(rows)
+        for row, head in zip(rows, heads, strict=True):
+            yield from _row(row, head, width, detail)
+        yield from _advice(rows, width)
+        yield "", None
+
+
+def _heads(rows: Sequence[CheckResult]) -> list[str]:
+    """The names and verdicts of one table, in two columns."""
+    names = [_short(clean(row.check)) for row in rows]
+    words = [_WORDS[row.outcome] for row in rows]
+    left, right = max(map(len, names)), max(map(len, words))
+    return [f"  {name:<{left}}  {word:<{right}}  " for name, word in zip(names, words, strict=True)]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 3] + "..."
+
+
+def _row(row: CheckResult, head: str, width: int, detail: bool) -> Iterator[tuple[str, str | None]]:
+    indent = " " * len(head)
+    first, *rest = textwrap.wrap(_evidence(row), width - len(head)) or [""]
+    yield (head + first).rstrip(), _COLOURS[row.outcome]
+    for line in rest:
+        yield indent + line, None
+    if detail and row.measurement is not None:
+        for note in row.measurement.notes:
+            yield from _wrapped(f"note: {clean(note)}", indent, width, None)
+
+
+def _evidence(row: CheckResult) -> str:
+    if row.measurement is None:
+        return clean(row.reason)
+    text = measured(row.measurement, row.bound)
+    if row.bound is not None and not _is_plain_zero(row):
+        text += f", {allowed(row.bound)}"
+    if row.outcome is not Outcome.PASSED and row.measurement.where:
+        text += f"; worst: {clean(row.measurement.where)}"
+    return text
+
+
+def _is_plain_zero(row: CheckResult) -> bool:
+    """Nothing wrong where nothing may be: the bound would only repeat it."""
+    return row.bound is not None and row.bound.high == 0 and row.outcome is Outcome.PASSED
+
+
+def _advice(rows: Iterable[CheckResult], width: int) -> Iterator[tuple[str, str | None]]:
+    for row in rows:
+        if row.outcome in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE) and row.advice:
+            yield from _wrapped(f"{clean(row.check)}: {clean(row.advice)}", "  -> ", width, None)
+
+
+def _wrapped(
+    text: str, lead: str, width: int, colour: str | None
+) -> Iterator[tuple[str, str | None]]:
+    lines = textwrap.wrap(
+        text, width, initial_indent=lead, subsequent_indent=" " * len(lead) or "    "
+    )
+    for line in lines:
+        yield line, colour

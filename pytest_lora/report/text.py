@@ -1,0 +1,128 @@
+"""Words and numbers for people: one verdict in one line, or explained in a few."""
+
+from __future__ import annotations
+
+import math
+
+from pytest_lora.catalog import CHECKS, find_check
+from pytest_lora.records import Bound, CheckResult, Measurement, Outcome
+
+__all__ = ["allowed", "check_list", "clean", "explain", "measured", "number"]
+
+_MOST_PROBLEMS = 10
+_VERBS = {
+    Outcome.PASSED: "passed",
+    Outcome.FAILED: "FAILED",
+    Outcome.SKIPPED: "skipped",
+    Outcome.INCONCLUSIVE: "INCONCLUSIVE",
+    Outcome.ERROR: "ERROR",
+}
+
+
+def clean(text: str) -> str:
+    """``text`` on one line, with nothing in it that a terminal would obey.
+
+    Names of tensors and folders are the adapter author's to choose, escape sequences included.
+    """
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def number(value: float, *, apart_from: Bound | None = None) -> str:
+    """``value`` in three digits, or in as many as tell it from the limits of a bound."""
+    limits = [apart_from.low, apart_from.high] if apart_from is not None else []
+    others = [limit for limit in limits if limit is not None and limit != value]
+    telling = (
+        _rounded(value, digits)
+        for digits in range(3, 17)
+        if _rounded(value, digits) not in [_rounded(limit, digits) for limit in others]
+    )
+    return next(telling, _rounded(value, 17))
+
+
+def _rounded(value: float, digits: int) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.{digits}g}"
+
+
+def measured(measurement: Measurement, bound: Bound | None = None) -> str:
+    """Value, unit, interval and what it rests on, in digits that show on which side it lies."""
+    unit = clean(measurement.unit)
+    if measurement.value == 1 and " " not in unit:
+        unit = unit.removesuffix("s")
+    text = f"{number(measurement.value, apart_from=bound)} {unit}"
+    if measurement.low is not None and measurement.high is not None:
+        text += f" [{number(measurement.low)}, {number(measurement.high)}]"
+    return f"{text} (n={measurement.count:,})"
+
+
+def allowed(bound: Bound) -> str:
+    """The limits of a bound and who set them."""
+    parts = []
+    if bound.low is not None:
+        # The smallest positive number stands for "anything but zero".
+        parts.append("more than 0" if 0 < bound.low < 1e-300 else f"at least {number(bound.low)}")
+    if bound.high is not None:
+        parts.append(f"at most {number(bound.high)}")
+    return f"{' and '.join(parts)} ({clean(bound.origin)})"
+
+
+def explain(result: CheckResult) -> str:
+    """The verdict in a fixed order: what, how much, the worst place, the bound, what to do."""
+    lines = [_headline(result)]
+    if result.measurement is not None:
+        lines += _evidence(result.measurement)
+    if result.bound is not None:
+        lines.append(f"  allowed: {allowed(result.bound)}")
+    if result.advice:
+        lines.append(f"  what to do: {clean(result.advice)}")
+    if result.outcome is Outcome.FAILED and _movable(result.check):
+        lines.append(f"  to move the bound: {_spellings(result.check)}")
+    return "\n".join(lines)
+
+
+def _headline(result: CheckResult) -> str:
+    text = f"{clean(result.check)} {_VERBS[result.outcome]} for {clean(result.adapter)}"
+    if result.measurement is not None:
+        text += f": {measured(result.measurement, result.bound)}"
+    return f"{text}: {clean(result.reason)}" if result.reason else text
+
+
+def _evidence(measurement: Measurement) -> list[str]:
+    problems = measurement.problems
+    lines = [f"  - {clean(str(problem))}" for problem in problems[:_MOST_PROBLEMS]]
+    if len(problems) > _MOST_PROBLEMS:
+        lines.append(f"  - ... and {len(problems) - _MOST_PROBLEMS} more")
+    if not problems and measurement.where:
+        lines.append(f"  worst: {clean(measurement.where)}")
+    return lines + [f"  note: {clean(note)}" for note in measurement.notes]
+
+
+def _movable(check: str) -> bool:
+    try:
+        return bool(find_check(check).limit)
+    except KeyError:
+        return False
+
+
+def _spellings(check: str) -> str:
+    option = "--lora-" + check.replace("_", "-")
+    return f"{option}=LIMIT, ini lora_{check}, or @pytest.mark.lora_bounds({check}=LIMIT)"
+
+
+def check_list() -> str:
+    """What ``--lora-list-checks`` prints: every check with its question, need, cost and bound."""
+    width = max(len(spec.id) for spec in CHECKS)
+    lines = []
+    for spec in CHECKS:
+        lines.append(f"{spec.id:<{width}}  {spec.question}")
+        facts = f"needs {spec.need.label}; {spec.cost}"
+        if spec.limit:
+            facts += f"; bound to move: {_spellings(spec.id)}"
+        lines.append(f"{'':<{width}}  {facts}")
+    return "\n".join(lines)

@@ -1,0 +1,294 @@
+"""One run: which adapters, under which settings, and what has been found so far.
+
+Everything the hooks and fixtures share, without pytest: it can be built and used from anywhere.
+Heavy libraries are imported when the first base model is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_lora.catalog import CHECKS, CheckSpec, Need, find_check
+from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
+from pytest_lora.records import Bound, CheckResult, Outcome, collecting
+from pytest_lora.settings import (
+    Layer,
+    Profile,
+    Settings,
+    bound_for,
+    require_per_adapter,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_lora.adapter import Adapter
+    from pytest_lora.locate import AdapterLocation
+    from pytest_lora.subject import BaseModel, BasePool, Subject
+
+__all__ = ["MODEL_LIBRARIES", "Run", "missing_libraries", "versions"]
+
+MODEL_LIBRARIES = ("torch", "transformers", "peft")
+_BLOCKING = (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)
+
+
+def missing_libraries() -> tuple[str, ...]:
+    """The model libraries that are not installed (found without importing them)."""
+    return tuple(name for name in MODEL_LIBRARIES if util.find_spec(name) is None)
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of everything a result can depend on."""
+    names = ("pytest-lora", "pytest", "safetensors", *MODEL_LIBRARIES)
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass
+class Run:
+    """The state of one pytest run in one process.
+
+    Attributes:
+        layers: settings from ini file and command line, weakest first.
+        start: directory that relative adapter paths and names are relative to.
+        root: the project's root directory.
+        outcomes: verdicts so far, by adapter name and check.
+    """
+
+    layers: Sequence[Layer]
+    start: Path
+    root: Path
+    settings: Settings = field(init=False)
+    profile: Profile | None = field(init=False)
+    outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+    _given: tuple[str, ...] = ()
+    _locations: dict[str, AdapterLocation] = field(default_factory=dict)
+    _adapters: dict[str, Adapter] = field(default_factory=dict)
+    _subject: Subject | None = None
+    _bases: list[BaseModel] = field(default_factory=list)
+    _pool: BasePool | None = None
+
+    def __post_init__(self) -> None:
+        self.settings = resolve(self.layers)
+        path = self.settings.profile
+        self.profile = Profile.read(self.start / path) if path else None
+
+    def locate(self) -> tuple[str, ...]:
+        """Find every adapter the settings name; returns their names in order.
+
+        Raises:
+            UsageError: one of them is not there, or is no adapter.
+        """
+        from pytest_lora.locate import locate_all
+
+        if self.settings.adapter and not self._given:
+            found = locate_all(self.settings.adapter, start=self.start)
+            self._given = tuple(location.name for location in found)
+            self._locations.update({location.name: location for location in found})
+        return self._given
+
+    def require_libraries(self) -> None:
+        """Raise UsageError when a selected check needs a library that is not installed."""
+        missing = missing_libraries()
+        needy = [spec for spec in CHECKS if spec.need > Need.FILES and self.settings.selected(spec)]
+        if missing and needy:
+            raise UsageError(
+                f"{len(needy)} of the selected checks need {', '.join(missing)}, not installed "
+                "here: pip install 'pytest-lora[model]', or limit the run to what the files tell "
+                "with --lora-checks=files"
+            )
+
+    def folders(self) -> tuple[Path, ...]:
+        """The directories of all adapters, resolved."""
+        return tuple(location.path.resolve() for location in self._locations.values())
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter called ``name`` in this run, or the one at that path; read once."""
+        if name not in self._adapters:
+            from pytest_lora.adapter import read_adapter
+
+            if name not in self._locations:
+                self._locations[name] = self._locate_one(name)
+            self._adapters[name] = read_adapter(self._locations[name])
+        return self._adapters[name]
+
+    def _locate_one(self, path: str) -> AdapterLocation:
+        from pytest_lora.locate import locate_all
+
+        first, *more = locate_all([path], start=self.start)
+        if more:
+            raise UsageError(
+                f"{path}: {len(more) + 1} adapters are there, from {first.name} to "
+                f"{more[-1].name}; name one of them"
+            )
+        return first
+
+    def settings_for(self, adapter: str, marker: Layer | None = None) -> Settings:
+        """The settings of one adapter: the profile below ini and command line, a marker on top."""
+        if marker is not None:
+            require_per_adapter(marker.values, marker.spell)
+        below = self.profile.layers(adapter) if self.profile else []
+        return resolve([*below, *self.layers, *([marker] if marker else [])])
+
+    def bounds_for(self, settings: Settings) -> Mapping[str, Bound]:
+        """The bounds the user set, by check."""
+        bounds = {check: bound_for(settings, check) for check in settings.bounds}
+        return {check: bound for check, bound in bounds.items() if bound is not None}
+
+    def base_source(self, adapter: Adapter, settings: Settings) -> Path:
+        """Directory of the adapter's base model; see :func:`pytest_lora.loading.resolve_base`."""
+        from pytest_lora.loading import resolve_base
+
+        return resolve_base(adapter, explicit=self._explicit_base(settings), root=self.root)
+
+    def _explicit_base(self, settings: Settings) -> str | Path | None:
+        given = settings.base_model
+        if given is not None and (self.start / given).exists():
+            return self.start / given
+        return given
+
+    def base_model(self, adapter: Adapter, source: Path, *, device: str, dtype: str) -> BaseModel:
+        """The base model in ``source``, loaded once for all adapters that share it.
+
+        One base is held at a time: the suite runs base by base, and two may not fit the device.
+        """
+        from pytest_lora import loading
+        from pytest_lora.subject import BasePool
+
+        if self._pool is None:
+            self._pool = BasePool()
+        spec = loading.spec_for(source, adapter, device=device, dtype=dtype)
+        for other in [base for base in self._bases if base.spec not in (None, spec)]:
+            self._forget(other)
+        base = self._pool.get(source, adapter=adapter, device=device, dtype=dtype)
+        return self._remember(base)
+
+    def _forget(self, base: BaseModel) -> None:
+        base.release()
+        self._bases.remove(base)
+        self._subject = None
+        if self._pool is not None:
+            self._pool.drop(base)
+
+    def wrap(self, module: torch.nn.Module) -> BaseModel:
+        """The BaseModel around a module: the one it was loaded as, or a new one for a user's."""
+        from pytest_lora.subject import BaseModel
+
+        for base in self._bases:
+            if base.module is module:
+                return base
+        return self._remember(BaseModel.from_module(module))
+
+    def _remember(self, base: BaseModel) -> BaseModel:
+        if base not in self._bases:
+            self._bases.append(base)
+        return base
+
+    def subject(
+        self, adapter: Adapter, base: BaseModel, inputs: Mapping[str, torch.Tensor] | None = None
+    ) -> Subject:
+        """The adapter on the base.  The last one is kept, so that its outputs are computed once."""
+        from pytest_lora.subject import Subject
+
+        last = self._subject
+        if inputs is None and last is not None and (last.adapter, last.base) == (adapter, base):
+            return last
+        self._subject = Subject(adapter, base, inputs)
+        return self._subject
+
+    def prove_intact(self, base: BaseModel) -> None:
+        """Raise CannotRun if the base's weights are not as loaded; it is then loaded again."""
+        problems = base.verify()
+        if not problems:
+            return
+        if base.source is None:
+            self._bases.remove(base)
+            after = "it was supplied by a fixture and is still in that state"
+        else:
+            base.reload()
+            after = "it has been loaded again"
+        first, more = problems[0], len(problems) - 1
+        others = f" and {more} more" if more else ""
+        raise CannotRun(f"the test left the base model changed ({after}): {first}{others}")
+
+    def close(self) -> None:
+        """Let go of every model."""
+        for base in list(self._bases):
+            self._forget(base)
+        self._pool = None
+
+    # ------------------------------------------------------------------ one defect, one failure
+
+    def blocked_by(self, spec: CheckSpec, adapter: str) -> str | None:
+        """The check whose failure makes ``spec`` meaningless for ``adapter``, if there is one.
+
+        Cheap prerequisites that have not run in this process are judged here, so that a run of one
+        check alone, or on another worker, does not report a defect under the wrong name.
+        """
+        for needed in spec.after:
+            outcome = self.outcomes.get((adapter, needed))
+            if outcome is None and find_check(needed).need <= Need.FILES:
+                outcome = self._judge_files(needed, adapter)
+            if outcome in _BLOCKING:
+                return needed
+        return None
+
+    def _judge_files(self, check: str, name: str) -> Outcome:
+        with collecting() as results, suppress(CheckFailed, NotApplicable, CannotRun):
+            self._assertion(check)(self.adapter(name), self.settings_for(name))
+        outcome = results[-1].outcome
+        self.outcomes[name, check] = outcome
+        return outcome
+
+    def _assertion(self, check: str) -> Callable[[Adapter, Settings], object]:
+        from pytest_lora import assertions
+
+        calls: dict[str, Callable[[Adapter, Settings], object]] = {
+            "adapter_files": lambda adapter, settings: assertions.assert_adapter_files(
+                adapter, newer_writer=settings.newer_writer
+            ),
+            "config_matches_weights": lambda adapter, settings: (
+                assertions.assert_config_matches_weights(adapter, scaling=settings.scaling)
+            ),
+            "finite_weights": lambda adapter, _: assertions.assert_finite_weights(adapter),
+            "serving_profile": lambda adapter, settings: assertions.assert_serving_profile(
+                adapter, targets=settings.target
+            ),
+        }
+        return calls[check]
+
+    # ------------------------------------------------------------------ what the report says
+
+    def about(self, name: str) -> str:
+        """One line on an adapter for the head of its table."""
+        adapter = self.adapter(name)
+        settings = self.settings_for(name)
+        parts = [adapter.peft_type or "unknown type"]
+        if adapter.r:
+            parts.append(f"r={adapter.r}")
+        parts.append(f"on {settings.base_model or adapter.base_model or 'no named base model'}")
+        parts += [f"{key}={value}" for key, value in self._unusual(settings)]
+        return ", ".join(parts)
+
+    def _unusual(self, settings: Settings) -> list[tuple[str, str]]:
+        shown = (("dtype", settings.dtype), ("device", settings.device))
+        return [(key, value) for key, value in shown if value != "auto"]
+
+    def planned_order(self, result: CheckResult) -> tuple[int, int]:
+        """Sorting key: adapters as given, checks as in the catalog, others behind."""
+        names = list(self._locations)
+        ids = [spec.id for spec in CHECKS]
+        adapter = names.index(result.adapter) if result.adapter in names else len(names)
+        return adapter, ids.index(result.check) if result.check in ids else len(ids)

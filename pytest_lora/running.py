@@ -1,0 +1,109 @@
+"""What happens around a test about an adapter: verdicts are gathered, reasons become skips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from pytest_lora.collection import spec_of
+from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
+from pytest_lora.fixtures import RUN
+from pytest_lora.records import CheckResult, Outcome, collecting
+
+__all__ = ["PROPERTY", "skip_if_blocked", "watch"]
+
+PROPERTY = "pytest_lora"
+
+
+def skip_if_blocked(item: pytest.Item) -> None:
+    """Skip a check of the suite that a failed one makes meaningless, and say which."""
+    spec, adapter = spec_of(item), adapter_name(item)
+    if spec is None or adapter is None:
+        return
+    blocker = item.config.stash[RUN].blocked_by(spec, adapter)
+    if blocker is not None:
+        raise _Blocked(f"{blocker} did not pass, so this has no meaning yet")
+
+
+class _Blocked(Exception):
+    """A prerequisite failed: a skip that ``--lora-strict`` lets stand, as the run fails anyway."""
+
+
+@contextmanager
+def watch(item: pytest.Item, phase: str) -> Iterator[None]:
+    """Gather the results of one phase and hand them on with the test's report.
+
+    Reasons for not deciding become skips, or failures where the settings say so.
+    """
+    with collecting() as results:
+        try:
+            yield
+        except Exception as error:
+            _translate(item, error, results)
+        except pytest.skip.Exception as skipped:
+            _ensure_result(item, results, Outcome.SKIPPED, str(skipped.msg))
+            raise
+        finally:
+            _hand_on(item, phase, results)
+
+
+def _translate(item: pytest.Item, error: Exception, results: list[CheckResult]) -> None:
+    run = item.config.stash[RUN]
+    if isinstance(error, _Blocked):
+        _ensure_result(item, results, Outcome.SKIPPED, str(error))
+        pytest.skip(str(error))
+    if isinstance(error, NotApplicable) or (isinstance(error, CannotRun) and error.missing):
+        _ensure_result(item, results, Outcome.SKIPPED, str(error))
+        if run.settings.strict and spec_of(item) is not None:
+            _fail_strictly(results, str(error))
+        pytest.skip(str(error))
+    if isinstance(error, CheckFailed):
+        if error.result.outcome is Outcome.INCONCLUSIVE and run.settings.inconclusive == "skip":
+            pytest.skip(str(error))
+    elif spec_of(item) is not None:
+        text = " ".join(str(error).split())
+        known = isinstance(error, CannotRun)
+        _ensure_result(
+            item, results, Outcome.ERROR, text if known else f"{type(error).__name__}: {text}"
+        )
+    raise error
+
+
+def _fail_strictly(results: list[CheckResult], reason: str) -> None:
+    text = f"could not be decided, which --lora-strict does not allow: {reason}"
+    results[-1] = replace(results[-1], outcome=Outcome.FAILED, reason=text)
+    pytest.fail(f"{results[-1].check}: {text}", pytrace=False)
+
+
+def _ensure_result(
+    item: pytest.Item, results: list[CheckResult], outcome: Outcome, reason: str
+) -> None:
+    """A check of the suite always leaves a result, even if it never came to measuring."""
+    spec, adapter = spec_of(item), adapter_name(item)
+    if spec is None or adapter is None or any(result.check == spec.id for result in results):
+        return
+    results.append(CheckResult(check=spec.id, adapter=adapter, outcome=outcome, reason=reason))
+
+
+def _hand_on(item: pytest.Item, phase: str, results: list[CheckResult]) -> None:
+    if not results:
+        return
+    run, adapter = item.config.stash[RUN], adapter_name(item)
+    for result in results:
+        run.outcomes[result.adapter, result.check] = result.outcome
+    data = {
+        "about": {adapter: run.about(adapter)} if adapter else {},
+        "results": [result.to_dict() for result in results],
+    }
+    # user_properties travel with the report, through workers and into JUnit files, as plain text.
+    item.user_properties.append((f"{PROPERTY}.{phase}", json.dumps(data)))
+
+
+def adapter_name(item: pytest.Item) -> str | None:
+    """The adapter a test is parametrised with, if it is."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("lora_adapter") if callspec is not None else None

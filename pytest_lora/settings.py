@@ -1,0 +1,462 @@
+"""Every setting in one table, and where each value came from.
+
+One field of :class:`Settings` is one setting: option ``--lora-<name>``, ini key ``lora_<name>``,
+profile key ``<name>``.  Values are taken from the first place that has one --
+
+    marker > command line > ini file > profile file > default
+
+-- and each knows that place, so that a verdict can say who set its bound.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pytest_lora.catalog import CHECKS, CheckSpec, Need, expand_selection, find_check
+from pytest_lora.errors import UsageError
+from pytest_lora.records import Bound
+
+__all__ = [
+    "Layer",
+    "Profile",
+    "Setting",
+    "Settings",
+    "bound_for",
+    "ini_name",
+    "option_name",
+    "require_per_adapter",
+    "resolve",
+    "table",
+]
+
+DEFAULT = "default"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How one setting is written and read.
+
+    Attributes:
+        help: one sentence for ``pytest --help``.
+        parse: turns what the user wrote into the value; raises ``ValueError`` with what is valid.
+        metavar: placeholder in help.
+        many: may be given several times, and a list in ini and profile.
+        flag: takes no value on the command line.
+        per_adapter: may differ between adapters (profile sections).
+        ini: type of the ini key, as pytest names it.
+        path: a relative path in an ini file is meant relative to that file.
+    """
+
+    help: str
+    parse: Callable[[Any], Any]
+    metavar: str = ""
+    many: bool = False
+    flag: bool = False
+    per_adapter: bool = False
+    ini: str = "string"
+    path: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Values from one place, and how that place spells a setting (for messages)."""
+
+    values: Mapping[str, Any]
+    spell: Callable[[str], str]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a non-empty text")
+    return value.strip()
+
+
+def _choice(*valid: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in valid:
+            raise ValueError("one of " + ", ".join(valid))
+        return str(value)
+
+    return parse
+
+
+def _dtype(value: Any) -> str:
+    return _choice(*DTYPES)(_SHORT_DTYPES.get(value, value))
+
+
+def _flag(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True}
+    words |= {"false": False, "0": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ValueError("true or false")
+    return words[str(value).lower()]
+
+
+def _count(value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if number < 1 or isinstance(value, bool) or (isinstance(value, float) and value != number):
+        raise ValueError("a whole number, 1 or more")
+    return number
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    """Texts from a list, each of which may hold several, separated by commas or white space."""
+    parts = [value] if isinstance(value, str) else list(value)
+    return tuple(word for part in parts for word in str(part).replace(",", " ").split())
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return (_text(value),) if isinstance(value, str) else tuple(_text(item) for item in value)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    words = _words([value] if isinstance(value, int) else value)
+    if not words or not all(len(word) <= 10 and word.isdecimal() for word in words):
+        words = ()
+    if not words or max(map(int, words)) >= 2**32:
+        raise ValueError("whole numbers from 0 to 4294967295")
+    return tuple(int(word) for word in words)
+
+
+def _selection(value: Any) -> tuple[str, ...]:
+    words = _words(value)
+    try:
+        expand_selection(words)
+    except KeyError as unknown:
+        groups = ", ".join(need.label for need in Need)
+        raise ValueError(
+            f"check ids or the groups {groups} ({unknown} is neither; "
+            "pytest --lora-list-checks lists the ids)"
+        ) from None
+    return words
+
+
+def _limit(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ValueError("a finite number, 0 or more")
+    return number
+
+
+def _setting(default: Any, parse: Callable[[Any], Any], summary: str, **how: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(summary, parse, **how)})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The resolved value of every setting; :attr:`origins` says who set those not at default."""
+
+    adapter: tuple[str, ...] = _setting(
+        (),
+        _texts,
+        "adapter to check: a folder, a glob, a training output folder, a .safetensors file beside "
+        "its configuration, or a hub id org/name[/subfolder][@revision]; may be repeated",
+        metavar="PATH",
+        many=True,
+        ini="linelist",
+        path=True,
+    )
+    base_model: str | None = _setting(
+        None,
+        _text,
+        "base model folder or hub id (default: the one the adapter's configuration names)",
+        metavar="PATH",
+        per_adapter=True,
+        path=True,
+    )
+    device: str = _setting(
+        "auto",
+        _text,
+        "device to run the model on, as torch names it (default: auto, a GPU if there is one)",
+        metavar="DEVICE",
+        per_adapter=True,
+    )
+    dtype: str = _setting(
+        "auto",
+        _dtype,
+        f"dtype to load the base model in: {', '.join(DTYPES)} (default: auto, the checkpoint's)",
+        metavar="DTYPE",
+        per_adapter=True,
+    )
+    checks: tuple[str, ...] = _setting(
+        (),
+        _selection,
+        "run only these checks: ids, or a group and all that needs less: "
+        f"{', '.join(need.label for need in Need)} (default: all)",
+        metavar="IDS",
+        many=True,
+        ini="linelist",
+    )
+    target: tuple[str, ...] = _setting(
+        (),
+        _words,
+        "servers the adapter has to load on: vllm, sglang, lorax, llama.cpp, with options as in "
+        "vllm:max_lora_rank=64 (default: report only)",
+        metavar="SERVERS",
+        many=True,
+        ini="linelist",
+        per_adapter=True,
+    )
+    profile: str | None = _setting(
+        None,
+        _text,
+        "TOML file with settings per adapter (docs/settings.md)",
+        metavar="FILE",
+        path=True,
+    )
+    report: str | None = _setting(
+        None, _text, "write the results as JSON to this file", metavar="FILE.json", path=True
+    )
+    strict: bool = _setting(
+        False, _flag, "a check of the suite that skips is a failure", flag=True, ini="bool"
+    )
+    inconclusive: str = _setting(
+        "fail",
+        _choice("fail", "skip"),
+        "what an inconclusive verdict is: fail or skip (default: fail)",
+        metavar="WHAT",
+    )
+    newer_writer: str = _setting(
+        "fail",
+        _choice("fail", "note"),
+        "what an adapter is that a newer PEFT than the installed one wrote: fail or note "
+        "(default: fail)",
+        metavar="WHAT",
+        per_adapter=True,
+    )
+    scaling: float | None = _setting(
+        None,
+        _limit,
+        "scaling every module outside alpha_pattern and rank_pattern must have, for example 2.0 "
+        "(default: reported, not judged)",
+        metavar="SCALING",
+        per_adapter=True,
+        ini="float",
+    )
+    safe_merge: bool = _setting(
+        False, _flag, "merge with PEFT's safe_merge", flag=True, per_adapter=True, ini="bool"
+    )
+    cycles: int = _setting(
+        3,
+        _count,
+        "merge and unmerge cycles of unmerge_restoration (default: 3)",
+        metavar="N",
+        per_adapter=True,
+        ini="int",
+    )
+    hash_seeds: tuple[int, ...] = _setting(
+        (0,),
+        _seeds,
+        "values of PYTHONHASHSEED to reload the adapter under (default: 0)",
+        metavar="SEEDS",
+        per_adapter=True,
+    )
+    process_timeout: int = _setting(
+        600,
+        _count,
+        "seconds a fresh process may take for one job (default: 600)",
+        metavar="SECONDS",
+        ini="int",
+    )
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def origin(self, name: str) -> str:
+        """Who set the setting ``name``."""
+        return self.origins.get(name, DEFAULT)
+
+    def selected(self, spec: CheckSpec) -> bool:
+        """Whether ``--lora-checks`` takes the check in."""
+        return not self.checks or spec.id in expand_selection(self.checks)
+
+
+def table() -> Iterator[tuple[str, Setting]]:
+    """Every setting with its name, then one for each check whose bound the user may move."""
+    for item in fields(Settings):
+        if "setting" in item.metadata:
+            yield item.name, _of(item)
+    for spec in CHECKS:
+        if spec.limit:
+            yield spec.id, _bound_setting(spec)
+
+
+def _of(item: Field[Any]) -> Setting:
+    setting: Setting = item.metadata["setting"]
+    return setting
+
+
+def _bound_setting(spec: CheckSpec) -> Setting:
+    default = f"{spec.default:g}" if spec.default else "more than nothing"
+    return Setting(
+        help=f"bound of {spec.id}: {spec.limit} this much ({spec.unit}; default: {default})",
+        parse=_limit,
+        metavar="LIMIT",
+        per_adapter=True,
+        ini="float",
+    )
+
+
+def option_name(name: str) -> str:
+    """The command line spelling of a setting."""
+    return "--lora-" + name.replace("_", "-")
+
+
+def ini_name(name: str) -> str:
+    """The ini spelling of a setting."""
+    return "lora_" + name
+
+
+def resolve(layers: Iterable[Layer], *, over: Settings | None = None) -> Settings:
+    """Settings from ``layers``, weakest first, on top of ``over`` (the defaults if None).
+
+    Raises:
+        UsageError: a value does not parse, or a layer holds a name that is no setting.
+    """
+    known = dict(table())
+    result = over or Settings()
+    for layer in layers:
+        for name, raw in layer.values.items():
+            origin = layer.spell(name)
+            if name not in known:
+                raise UsageError(f"{origin}: {_unknown(name, known)}")
+            value = _parse(known[name], raw, origin)
+            result = _with(result, name, value, origin)
+    return result
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    import difflib  # only for a message
+
+    if name in {spec.id for spec in CHECKS}:
+        return f"the check {name!r} has no bound to move: it counts faults, and allows none"
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "docs/settings.md lists them"
+    return f"there is no setting {name!r}; {hint}"
+
+
+def require_per_adapter(names: Iterable[str], origin: Callable[[str], str]) -> None:
+    """Raise UsageError for a setting that holds for a whole run, or is none."""
+    known = dict(table())
+    allowed = [name for name, setting in known.items() if setting.per_adapter]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{origin(name)}: {_unknown(name, allowed)}")
+        if name not in allowed:
+            raise UsageError(
+                f"{origin(name)}: {name!r} holds for the whole run and cannot be set per adapter"
+            )
+
+
+def _parse(setting: Setting, raw: Any, origin: str) -> Any:
+    try:
+        return setting.parse(raw)
+    except ValueError as expected:
+        raise UsageError(f"{origin}: got {raw!r}, expected {expected}") from None
+    except TypeError:
+        raise UsageError(f"{origin}: got {raw!r}, which has the wrong type") from None
+
+
+def _with(settings: Settings, name: str, value: Any, origin: str) -> Settings:
+    origins = {**settings.origins, name: origin}
+    if name in {spec.id for spec in CHECKS}:
+        return replace(settings, bounds={**settings.bounds, name: value}, origins=origins)
+    return replace(settings, origins=origins, **{name: value})
+
+
+def bound_for(settings: Settings, check: str) -> Bound | None:
+    """The user's bound for ``check``, or None where the check's own applies."""
+    limit = settings.bounds.get(check)
+    if limit is None:
+        return None
+    maker = Bound.at_least if find_check(check).limit == "at least" else Bound.at_most
+    return maker(limit, settings.origin(check))
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Settings for groups of adapters, read from a TOML file.
+
+    The table ``[defaults]`` holds for every adapter, ``[adapters."PATTERN"]`` for those whose name
+    matches the shell pattern.  Sections apply in the order of the file, later ones win.
+    """
+
+    path: Path
+    defaults: Mapping[str, Any]
+    sections: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """Read and validate a profile; raises UsageError naming the file and what is wrong."""
+        data = _read_toml(path)
+        unknown = sorted(set(data) - {"defaults", "adapters"})
+        if unknown:
+            raise UsageError(f"{path}: unknown table [{unknown[0]}]; {_TABLES}")
+        adapters = _as_table(path, "adapters", data.get("adapters", {}))
+        profile = cls(
+            path,
+            _as_table(path, "defaults", data.get("defaults", {})),
+            tuple((name, _as_table(path, name, values)) for name, values in adapters.items()),
+        )
+        profile._validate()
+        return profile
+
+    def layers(self, adapter: str) -> list[Layer]:
+        """What the profile says about the adapter of that name, weakest first."""
+        matching = [
+            values for pattern, values in self.sections if fnmatch.fnmatch(adapter, pattern)
+        ]
+        return [Layer(self._anchored(values), self._spell) for values in [self.defaults, *matching]]
+
+    def _anchored(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` with paths taken relative to the profile, where something is there."""
+        paths = {name for name, setting in table() if setting.path}
+        return {
+            name: self._found(value) if name in paths else value for name, value in values.items()
+        }
+
+    def _found(self, value: Any) -> Any:
+        here = self.path.parent / value if isinstance(value, str) else None
+        return str(here) if here is not None and here.exists() else value
+
+    def _spell(self, name: str) -> str:
+        return f"{name} in {self.path}"
+
+    def _validate(self) -> None:
+        for values in [self.defaults, *(values for _, values in self.sections)]:
+            require_per_adapter(values, self._spell)
+            resolve([Layer(values, self._spell)])
+
+
+_TABLES = 'a profile has [defaults] and [adapters."PATTERN"]'
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib  # only runs with a profile need it
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the profile: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from None
+
+
+def _as_table(path: Path, name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{path}: {name!r} must be a table; {_TABLES}")
+    return value

@@ -1,0 +1,287 @@
+"""The documentation is true: its examples run, its names exist, its tables are the code's."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_maker import write_adapter
+
+import pytest_lora
+from pytest_lora import suite
+from pytest_lora.catalog import CHECKS, Need
+from pytest_lora.settings import option_name, table
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "fixtures" / "adapters" / "attention-lora"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("fixtures/*.md")])
+IDS = [spec.id for spec in CHECKS]
+OPTIONS = {option_name(name) for name, _ in table()} | {"--lora-list-checks"}
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.S | re.M
+)
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
+NEEDS_MODEL = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="needs the model libraries"
+)
+NEEDS_EXAMPLE = pytest.mark.skipif(not EXAMPLE.exists(), reason="the example is not built yet")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its page, the line of its fence, its language and its text."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*languages: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in FENCE.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            if match["language"] in languages:
+                indent = len(match["indent"])
+                lines = (row[indent:] for row in match["code"].splitlines())
+                found.append(Block(page, line, match["language"], "\n".join(lines) + "\n"))
+    return found
+
+
+def commands() -> list[tuple[Block, str]]:
+    """Every command in a shell block, continued lines joined."""
+    found = []
+    for block in blocks("sh", "console", "bash"):
+        lines = block.code.replace("\\\n", " ").splitlines()
+        if block.language == "console":
+            lines = [line[2:] for line in lines if line.startswith("$ ")]
+        for line in lines:
+            words = line.partition("  #")[0].strip()
+            found += [(block, part.strip()) for part in words.split("&&") if part.strip()]
+    return found
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTEST_ADDOPTS": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# ----------------------------------------------------------------------------------- examples
+
+
+@NEEDS_MODEL
+@NEEDS_EXAMPLE
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_examples_run(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "test_example.py"
+    path.write_text(block.code, encoding="utf-8")
+    if re.search(r"^def test_", block.code, re.M):
+        done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(path))
+    else:
+        done = python("-W", "ignore", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("toml") if "[tool.pytest" in b.code], ids=str)
+def test_ini_examples_are_taken_by_pytest(block: Block, tmp_path: Path) -> None:
+    if "[tool.pytest]" in block.code and int(pytest.__version__.partition(".")[0]) < 9:
+        pytest.skip("the native table came with pytest 9")
+    (tmp_path / "pyproject.toml").write_text(block.code, encoding="utf-8")
+    (tmp_path / "lora.toml").write_text(profile_example().code, encoding="utf-8")
+    for name in ("math-v3", "code"):
+        write_adapter(tmp_path / "adapters" / name)
+    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n")
+    options = ["--collect-only", "-q", "--strict-config", "-W", "error"]
+    done = python("-m", "pytest", *options, "--lora-checks=files", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = done.stdout.split()
+    assert "test_mine.py::test_mine" in collected
+    for name in ("math-v3", "code"):
+        assert f"lora/test_files::test_adapter_files[adapters/{name}]" in collected
+
+
+def profile_example() -> Block:
+    [block] = [block for block in blocks("toml") if "[adapters." in block.code]
+    return block
+
+
+def test_the_profile_example_means_what_it_says(tmp_path: Path) -> None:
+    from pytest_lora.settings import Profile, resolve
+
+    path = tmp_path / "lora.toml"
+    path.write_text(profile_example().code, encoding="utf-8")
+    settings = resolve(Profile.read(path).layers("adapters/math-v3"))
+    assert (settings.dtype, settings.scaling, settings.cycles) == ("bfloat16", 2.0, 10)
+    assert settings.hash_seeds == (0, 1, 2)
+    assert resolve(Profile.read(path).layers("adapters/code")).scaling is None
+
+
+@pytest.mark.parametrize("block", blocks("json", "toml"), ids=str)
+def test_data_examples_parse(block: Block) -> None:
+    import json
+
+    {"json": json.loads, "toml": tomllib.loads}[block.language](block.code)
+
+
+# ----------------------------------------------------------------------------------- commands
+
+RUNS_PYTEST = re.compile(r"^(python -m )?pytest( |$)")
+RUNS_NOX = re.compile(r"^(python -m )?nox( |$)")
+INSTALLS = re.compile(r"^(python -m )?pip install ")
+RUNS_SCRIPT = re.compile(r"^python (-m )?(?P<script>[\w/.]+)( |$)")
+PLAIN = re.compile(r"^(git clone|cd|\.|python -m venv) ")
+
+
+@pytest.mark.parametrize(("block", "command"), commands(), ids=str)
+def test_commands_name_only_what_exists(block: Block, command: str) -> None:
+    if INSTALLS.match(command):
+        check_install(command)
+    elif RUNS_NOX.match(command):
+        check_nox(command)
+    elif RUNS_PYTEST.match(command):
+        shlex.split(command)
+    elif PLAIN.match(command) or command == ".ci/run":
+        pass
+    elif script := RUNS_SCRIPT.match(command):
+        name = script["script"]
+        assert (ROOT / name).exists() or (ROOT / name.replace(".", "/")).is_dir(), command
+    else:
+        pytest.fail(f"{block}: what is {command!r}?")
+
+
+def check_install(command: str) -> None:
+    extras = project()["optional-dependencies"]
+    for group in re.findall(r"\[([\w,]+)\]", command):
+        assert set(group.split(",")) <= set(extras), command
+    words = shlex.split(command)
+    for option, file in itertools.pairwise(words):
+        assert option not in ("-c", "-r") or (ROOT / file).exists(), command
+
+
+def check_nox(command: str) -> None:
+    text = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    sessions = set(re.findall(r"^def ([a-z]\w*)\(session", text, re.M))
+    words = shlex.split(command)
+    if "-s" in words:
+        named = [word.split("-")[0] for word in words[words.index("-s") + 1 :]]
+        named = named[: named.index("")] if "" in named else named
+        assert set(named) <= sessions, command
+
+
+def project() -> dict[str, Any]:
+    data: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return data
+
+
+@NEEDS_MODEL
+@NEEDS_EXAMPLE
+def test_the_first_command_of_the_readme_judges_the_example() -> None:
+    page = ROOT / "README.md"
+    [command] = [
+        command
+        for block, command in commands()
+        if block.page == page and command.endswith(f"={EXAMPLE.relative_to(ROOT).as_posix()}")
+    ]
+    assert command.startswith("python -m pytest ")
+    done = python("-m", "pytest", *shlex.split(command)[3:], "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(CHECKS)} passed" in done.stdout or " skipped" in done.stdout
+    for check in IDS:
+        assert re.search(rf"^  {check} +(pass|skip)", done.stdout, re.M), done.stdout
+
+
+def test_ci_runs_the_test_command_of_the_readme_and_there_is_only_one() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    [pattern] = re.findall(r"\$\(grep '\^(.*)' README\.md\)", script)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in readme if re.match(pattern, line)]) == 1
+
+
+# -------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_and_links_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"--lora-[a-z]+(?:-[a-z]+)*", text))
+    assert named <= OPTIONS
+    dead = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    assert not dead
+
+
+def test_the_table_of_settings_is_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("maker", ROOT / "docs" / "make_settings_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    text = maker.PAGE.read_text(encoding="utf-8")
+    assert text == maker.filled(text), "run python docs/make_settings_table.py"
+
+
+@pytest.mark.parametrize("check", IDS)
+def test_every_check_has_its_five_pieces(check: str) -> None:
+    """The table's entry is the first; a negative control is for tests/test_mutants.py to show."""
+    assert callable(getattr(pytest_lora, f"assert_{check}", None))
+    assert f"measure_{check}" in pytest_lora._HOMES
+    folder = Path(suite.__path__[0])
+    tests = "".join(path.read_text("utf-8") for path in folder.glob("test_*.py"))
+    assert len(re.findall(rf"^def test_{check}\(", tests, re.M)) == 1
+    page = ROOT / "docs" / "checks" / f"{check}.md"
+    assert check in page.read_text("utf-8").splitlines()[0]
+
+
+@NEEDS_MODEL
+@pytest.mark.parametrize("check", IDS)
+def test_every_measurement_can_be_imported(check: str) -> None:
+    assert callable(getattr(pytest_lora, f"measure_{check}"))
+
+
+def test_no_page_or_test_is_about_a_check_that_is_gone() -> None:
+    pages = {path.stem for path in (ROOT / "docs" / "checks").glob("*.md")}
+    assert pages - {"README", "index"} <= set(IDS)
+    folder = Path(suite.__path__[0])
+    tests = "".join(path.read_text("utf-8") for path in folder.glob("test_*.py"))
+    assert set(re.findall(r"^def test_(\w+)\(", tests, re.M)) == set(IDS)
+
+
+def test_the_readme_lists_every_check() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert [check for check in IDS if f"docs/checks/{check}.md" not in text] == []
+
+
+@pytest.mark.parametrize("need", Need)
+def test_the_settings_page_names_every_group(need: Need) -> None:
+    assert need.label in (ROOT / "docs" / "settings.md").read_text("utf-8")
+
+
+def test_the_changelog_knows_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    version = project()["version"]
+    assert re.search(rf"^## \[?{re.escape(version)}\b", text, re.M) or "## [Unreleased]" in text
+
+
+def test_every_public_name_is_in_all() -> None:
+    assert set(pytest_lora._HOMES) == set(pytest_lora.__all__)

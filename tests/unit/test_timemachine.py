@@ -1,0 +1,188 @@
+"""The cases are well formed, hold with what is installed, and are those of the documentation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from pytest_lora.catalog import find_check
+from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
+from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, Problem
+from timemachine import stacks, table
+from timemachine.cases import CASES, Case
+from timemachine.stacks import NEWEST, Stack, version_key
+from timemachine.verdicts import Verdict, judge
+
+INSTALLED = version_key(importlib.metadata.version("peft"))
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "timemachine.md"
+
+
+def has_fault(case: Case) -> bool | None:
+    """Whether the installed PEFT has it; None where that is not known."""
+    if case.fixed is None or version_key(case.affected.peft) == INSTALLED:
+        return True
+    begins, ends = version_key(case.affected.peft), version_key(case.fixed.peft)
+    if ends < begins:  # a regression that is still there
+        return begins <= INSTALLED
+    return False if ends <= INSTALLED else None
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_is_well_formed(case: Case) -> None:
+    assert find_check(case.check).id == case.check
+    assert re.fullmatch(r"([\w.-]+/)?[\w.-]+#\d+", case.thread)
+    assert case.fault.endswith(tuple('abcdefghijklmnopqrstuvwxyz)1234567890"'))
+    assert case.shows
+    assert (case.fixed is None) == bool(case.control)
+    assert case.fixed != case.affected
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.takes_processes], ids=lambda case: case.name
+)
+def test_with_what_is_installed(case: Case) -> None:
+    expected = has_fault(case)
+    if expected is None:
+        pytest.skip(f"PEFT {INSTALLED} may have the fault and may not")
+    verdict = judge(case)
+    assert verdict.found(case) if expected else verdict.silent, verdict
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.control], ids=lambda c: c.name)
+def test_the_control_shows_nothing(case: Case) -> None:
+    verdict = judge(case, control=True)
+    assert verdict.silent, verdict
+
+
+def test_the_page_is_of_these_cases() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(CASES)
+    for case, row in zip(CASES, rows, strict=True):
+        assert row.startswith(f"| {case.name}: {case.fault}".replace("|", "\\|"))
+        assert ("**remarked**" if case.remarked else "**caught**") in row
+        assert "**passed**" in row or "**not applicable**" in row
+
+
+# ------------------------------------------------------------------------------ the machine itself
+
+
+class _Fault(Exception):
+    pass
+
+
+def _case(outcome: Any, **changes: Any) -> Case:
+    def run(place: Path, sound: bool = False) -> Measurement:
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert isinstance(outcome, Measurement)
+        return outcome
+
+    return replace(CASES[0], check="merge_equivalence", shows="head", run=run, **changes)
+
+
+def _failure(check: str, where: str) -> CheckFailed:
+    measurement = Measurement.of_problems([Problem(where, "is off")], count=1)
+    bound = Bound.at_most(0, "test")
+    return CheckFailed("no", CheckResult(check, "x", Outcome.FAILED, "", "", measurement, bound))
+
+
+def test_caught_is_only_what_the_check_says_of_the_fault() -> None:
+    by_it = _case(_failure("merge_equivalence", "lm_head.weight"))
+    assert judge(by_it) == Verdict("caught", "lm_head.weight: is off")
+    assert judge(by_it).found(by_it)
+    for other in (_failure("merge_equivalence", "q_proj"), _failure("save_reload", "lm_head")):
+        verdict = judge(_case(other))
+        assert verdict.outcome.endswith("but not for this")
+        assert not verdict.found(by_it)
+        assert not verdict.silent
+
+
+def test_a_check_that_says_nothing_has_not_found_anything() -> None:
+    sound = Measurement.of_problems([], count=3, notes=["the head is as it was"])
+    assert judge(_case(sound)) == Verdict("passed", "0 problems (n=3)")
+    assert judge(_case(sound)).silent
+    assert judge(_case(NotApplicable("no"))).silent
+
+
+def test_a_remark_counts_where_the_fault_does_not_decide_the_verdict() -> None:
+    case = _case(Measurement.of_problems([], count=3, notes=["the head grows"]), remarked=True)
+    assert judge(case) == Verdict("remarked", "the head grows")
+    assert judge(case).found(case)
+    assert not judge(case).silent
+    caught = _case(_failure("merge_equivalence", "lm_head"), remarked=True)
+    assert not judge(caught).found(caught)
+
+
+@pytest.mark.parametrize("error", [CannotRun("no"), _Fault("no")], ids=["cannot run", "error"])
+def test_a_check_that_breaks_is_neither(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdict = judge(_case(error))
+    assert not verdict.silent
+    assert not verdict.found(CASES[0])
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, _Fault)
+
+
+def test_evidence_does_not_name_the_machine() -> None:
+    def run(place: Path) -> Measurement:
+        raise NotApplicable(f"{place}/adapter is not there")
+
+    assert judge(replace(CASES[0], run=run)).evidence == "/adapter is not there"
+
+
+def test_each_release_goes_with_one_of_its_time() -> None:
+    assert Stack("0.16.0").transformers == "4.49.0"
+    assert Stack("0.17.0").transformers == Stack("0.21.0").transformers == "4.57.6"
+    assert str(Stack(NEWEST)) == f"peft {NEWEST}, transformers {stacks.NEWEST_TRANSFORMERS}"
+    assert list(Stack(NEWEST).folders()) == []
+
+
+def test_the_newest_releases_are_those_of_the_constraints() -> None:
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"peft=={NEWEST}" in pinned
+    assert f"transformers=={stacks.NEWEST_TRANSFORMERS}" in pinned
+
+
+def test_what_is_there_is_not_installed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def pretend(command: list[str], **options: Any) -> None:
+        calls.append(command)
+        Path(command[command.index("--target") + 1]).mkdir()
+
+    monkeypatch.setattr(stacks.subprocess, "run", pretend)
+    (tmp_path / "peft-0.20.0").mkdir()
+    stacks.install([Stack("0.20.0"), Stack("0.21.0"), Stack(NEWEST)], tmp_path)
+    assert [call[-1].partition("==")[0] for call in calls if "peft==0.21.0" in call] == ["peft"]
+    assert len(calls) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "peft-0.20.0", "peft-0.21.0", "transformers-4.57.6"]  # fmt: skip
+
+
+def test_the_table_shows_both_sides() -> None:
+    case = replace(CASES[1], thread="someone/else#5")
+    sides = {"affected": Verdict("caught", "a | b"), "sound": Verdict("passed", "0 problems")}
+    page = table.document([case], {case.name: sides})
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {case.name}")]
+    assert "[someone/else#5](https://github.com/someone/else/issues/5)" in row
+    assert (
+        f"| {case.affected} | **caught**: a \\| b | {case.fixed} | **passed**: 0 problems |" in row
+    )
+    assert "[peft#1884](https://github.com/huggingface/peft/issues/1884)" in page

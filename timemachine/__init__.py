@@ -1,0 +1,8 @@
+"""Known faults of PEFT, run again under the releases that had them: are they caught, and only they?
+
+    python -m timemachine --folder=DIR         (or: nox -s timemachine)
+
+* :mod:`timemachine.stacks`: releases side by side, each pair a stack to run under;
+* :mod:`timemachine.cases`: one function per fault, which ends in one of our assertions;
+* :mod:`timemachine.table`: what came of it, as docs/timemachine.md.
+"""
