@@ -347,6 +347,10 @@ def pytest_runtest_makereport(
             # What the short summary quotes; the name of the exception says nothing there.
             shown.reprcrash.message = str(call.excinfo.value)
         report.longrepr = shown
+    if report.skipped and isinstance(report.longrepr, tuple) and _is_ours(item):
+        # The place of a skip is the test that was skipped, not where the reason was found.
+        path, line, _ = item.reportinfo()
+        report.longrepr = (os.fspath(path), (line or 0) + 1, report.longrepr[2])
     return report
 
 

@@ -55,15 +55,15 @@ def _translate(item: pytest.Item, error: Exception, results: list[CheckResult]) 
     run = item.config.stash[RUN]
     if isinstance(error, _Blocked):
         _ensure_result(item, results, Outcome.SKIPPED, str(error))
-        pytest.skip(str(error))
+        raise pytest.skip.Exception(str(error)) from None
     if isinstance(error, NotApplicable) or (isinstance(error, CannotRun) and error.missing):
         _ensure_result(item, results, Outcome.SKIPPED, str(error))
         if run.settings.strict and spec_of(item) is not None:
             _fail_strictly(results, str(error))
-        pytest.skip(str(error))
+        raise pytest.skip.Exception(str(error)) from None
     if isinstance(error, CheckFailed):
         if error.result.outcome is Outcome.INCONCLUSIVE and run.settings.inconclusive == "skip":
-            pytest.skip(str(error))
+            raise pytest.skip.Exception(str(error)) from None
     elif spec_of(item) is not None:
         text = " ".join(str(error).split())
         known = isinstance(error, CannotRun)
@@ -76,7 +76,7 @@ def _translate(item: pytest.Item, error: Exception, results: list[CheckResult]) 
 def _fail_strictly(results: list[CheckResult], reason: str) -> None:
     text = f"could not be decided, which --lora-strict does not allow: {reason}"
     results[-1] = replace(results[-1], outcome=Outcome.FAILED, reason=text)
-    pytest.fail(f"{results[-1].check}: {text}", pytrace=False)
+    raise pytest.fail.Exception(f"{results[-1].check}: {text}", pytrace=False) from None
 
 
 def _ensure_result(
