@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from pytest_lora.records import CheckResult, Outcome
@@ -43,6 +44,7 @@ def summary_lines(
     width = max(width, _NARROWEST)
     for adapter, group in groupby(results, key=lambda result: result.adapter):
         rows = list(group)
+        rows = rows if detail else _gathered(rows)
         described = about.get(adapter, "")
         yield from _wrapped(f"{clean(adapter)}  {clean(described)}", "", width, None)
         heads = _heads(rows)
@@ -50,6 +52,20 @@ def summary_lines(
             yield from _row(row, head, width, detail)
         yield from _advice(rows, width)
         yield "", None
+
+
+def _gathered(rows: Iterable[CheckResult]) -> list[CheckResult]:
+    """The rows with those that were skipped for one and the same reason in a single one."""
+    alike: dict[tuple[Outcome, str] | int, list[CheckResult]] = {}
+    for number, row in enumerate(rows):
+        skipped = row.outcome is Outcome.SKIPPED and row.measurement is None and row.reason
+        alike.setdefault((row.outcome, row.reason) if skipped else number, []).append(row)
+    return [group[0] if len(group) == 1 else _joined(group) for group in alike.values()]
+
+
+def _joined(rows: Sequence[CheckResult]) -> CheckResult:
+    names = ", ".join(row.check for row in rows)
+    return replace(rows[0], check=f"{len(rows)} checks", reason=f"{rows[0].reason} ({names})")
 
 
 def _heads(rows: Sequence[CheckResult]) -> list[str]:
@@ -66,7 +82,7 @@ def _short(name: str) -> str:
 
 def _row(row: CheckResult, head: str, width: int, detail: bool) -> Iterator[tuple[str, str | None]]:
     indent = " " * len(head)
-    first, *rest = textwrap.wrap(_evidence(row), width - len(head)) or [""]
+    first, *rest = _wrap(_evidence(row), width - len(head)) or [""]
     yield (head + first).rstrip(), _COLOURS[row.outcome]
     for line in rest:
         yield indent + line, None
@@ -97,11 +113,17 @@ def _advice(rows: Iterable[CheckResult], width: int) -> Iterator[tuple[str, str 
             yield from _wrapped(f"{clean(row.check)}: {clean(row.advice)}", "  -> ", width, None)
 
 
+def _wrap(text: str, width: int, lead: str = "", after: str = "") -> list[str]:
+    # An option or a path that is cut at a hyphen cannot be copied from the screen.
+    return textwrap.wrap(
+        text, width, initial_indent=lead, subsequent_indent=after, break_on_hyphens=False
+    )
+
+
 def _wrapped(
     text: str, lead: str, width: int, colour: str | None
 ) -> Iterator[tuple[str, str | None]]:
-    lines = textwrap.wrap(
-        text, width, initial_indent=lead, subsequent_indent=" " * len(lead) or "    "
-    )
+    after = " " * len(lead) or "    "
+    lines = _wrap(text, width, lead, after)
     for line in lines:
         yield line, colour

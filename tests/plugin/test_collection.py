@@ -97,6 +97,7 @@ def test_several_adapters_by_repetition_and_glob(project: pytest.Pytester) -> No
 
 
 def test_cheap_checks_run_first_over_all_adapters(project: pytest.Pytester) -> None:
+    pytest.importorskip("torch", exc_type=ImportError)
     write_adapter(project.path / "adapters" / "other")
     result = project.runpytest_inprocess(
         "-p", "no:randomly", "-m", "lora", "--collect-only", "-q", "--lora-adapter=adapters/*"

@@ -110,6 +110,7 @@ def test_no_summary_is_honoured(project: pytest.Pytester) -> None:
 
 
 def test_a_skip_has_its_reason_and_strict_makes_it_a_failure(project: pytest.Pytester) -> None:
+    pytest.importorskip("torch", exc_type=ImportError)
     words = ("--lora-adapter=good", "--lora-report=r.json")
     result = run(project, *words, "-rs", checks="--lora-checks=base_compatibility")
     result.assert_outcomes(skipped=1, deselected=14)

@@ -77,6 +77,21 @@ def test_notes_only_in_detail() -> None:
     assert lines([skipped], detail=True) == ["a", "  c  skip", ""]
 
 
+def test_checks_skipped_for_one_reason_share_a_row_unless_in_detail() -> None:
+    names = ("base_compatibility", "adapter_effect", "save_reload")
+    skipped = [CheckResult(name, "a", Outcome.SKIPPED, reason="no base") for name in names]
+    alone = CheckResult("merge_equivalence", "a", Outcome.SKIPPED, reason="prompt tuning")
+    assert lines([passed(adapter="a"), *skipped, alone]) == [
+        "a",
+        "  finite_weights     pass  0 problems (n=96)",
+        "  3 checks           skip  no base (base_compatibility, adapter_effect,",
+        "                           save_reload)",
+        "  merge_equivalence  skip  prompt tuning",
+        "",
+    ]
+    assert len([line for line in lines(skipped, detail=True) if "no base" in line]) == 3
+
+
 def test_what_moves_the_bound_is_shown_with_the_value() -> None:
     row = CheckResult(
         "merge_equivalence",
