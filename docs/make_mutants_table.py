@@ -26,13 +26,14 @@ holds the suite to it.
 """
 
 
-def row(mutant: Mutant, verdicts: Verdicts) -> str:
+def row(mutant: Mutant, verdicts: Verdicts, folder: str) -> str:
     results = verdicts[mutant.name]
     failed = [check for check, result in results.items() if result["outcome"] == "failed"]
     caught = f"`{mutant.check}`" if mutant.check in failed else f"not by `{mutant.check}`"
     others = ", ".join(check for check in failed if check != mutant.check) or "none"
     measurement = results[mutant.check]["measurement"] or {}
     evidence = " ".join(str(measurement.get("where") or "").split()).replace("|", "\\|")
+    evidence = evidence.replace(f"{folder}/", "").replace(f"{HERE.parent}/", "")
     told = "".join(f" (told: {key} = {value})" for key, value in mutant.settings.items())
     return f"| `{mutant.name}` | {mutant.fault}{told} | {caught} | {others} | {evidence} |"
 
@@ -40,7 +41,7 @@ def row(mutant: Mutant, verdicts: Verdicts) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         verdicts = run_suite(Path(folder))
-    rows = [row(mutant, verdicts) for mutant in MUTANTS]
+    rows = [row(mutant, verdicts, folder) for mutant in MUTANTS]
     (HERE / "mutants.md").write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
 
 

@@ -364,12 +364,12 @@ def saved_module_unexplained(folder: Path) -> None:
     edit_config(folder, modules_to_save=None)
 
 
-@mutant("config_matches_weights", "lora_alpha is not what it was trained with", scaling=2.0)
+@mutant("config_matches_weights", "lora_alpha is not what it was trained with")
 def wrong_alpha(folder: Path) -> None:
     edit_config(folder, lora_alpha=8)
 
 
-@mutant("config_matches_weights", "use_rslora is not what it was trained with", scaling=2.0)
+@mutant("config_matches_weights", "use_rslora is not what it was trained with")
 def rslora_flipped(folder: Path) -> None:
     edit_config(folder, use_rslora=True)
 
@@ -450,11 +450,8 @@ def half_the_rows(folder: Path) -> None:
     edit_tensors(folder, cut)
 
 
-# ------------------------------------------------------------------------------ merge_equivalence
-
-
-@mutant("merge_equivalence", "the delta overflows half precision when merged", dtype="float16")
-def overflowing_delta(folder: Path) -> None:
+@mutant("adapter_effect", "a factor overflows in the precision it is run in", dtype="float16")
+def overflowing_factor(folder: Path) -> None:
     def enlarge(tensors: Tensors) -> Tensors:
         name = first(tensors, "lora_B")
         tensors[name] = tensors[name] * 1e7

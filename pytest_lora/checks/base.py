@@ -98,7 +98,7 @@ class _Fit:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
-    rows: set[int] = field(default_factory=set)
+    resized: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.adapter.peft_type in METHODS
@@ -191,7 +191,7 @@ class _Fit:
         elif shape is None:
             yield f"{name}.{tensor.part}: the base has no such parameter"
         elif given != shape and is_vocabulary(name) and given[1:] == shape[1:]:
-            self.rows.add(given[0])
+            self.resized[name] = given[0]
         elif given != shape:
             yield f"{name}.{tensor.part} is {list(given)}, the base's is {list(shape)}"
 
@@ -210,7 +210,7 @@ class _Fit:
         rows = self.base.vocabulary
         if rows is None:
             return
-        available = max([rows, *self.rows])
+        available = max([rows, *self.resized.values()])
         self._check_resized(rows)
         for token in _trained_tokens(self.adapter):
             if token >= available:
@@ -227,14 +227,29 @@ class _Fit:
         self._note_tying()
 
     def _check_resized(self, rows: int) -> None:
-        if len(self.rows) > 1:
-            found = f"the adapter brings embeddings of {sorted(self.rows)} rows"
+        sizes = sorted(set(self.resized.values()))
+        if len(sizes) > 1:
+            found = f"the adapter brings embeddings of {sizes} rows"
             self.problems.append(Problem("vocabulary", found, "one size for both"))
-        elif self.rows:
+        elif lacking := self._not_resized():
+            found = f"{', '.join(self.resized)} has {sizes[0]} rows, {lacking} keeps the base's"
+            fix = "save it again with save_embedding_layers=True, from the model it was trained on"
+            self.problems.append(Problem("vocabulary", f"{found} {rows}", "one size for both", fix))
+        elif sizes:
             self.notes.append(
-                f"the vocabulary was resized from {rows} to {min(self.rows)} tokens; call"
-                f" model.resize_token_embeddings({min(self.rows)}) before loading the adapter"
+                f"the vocabulary was resized from {rows} to {sizes[0]} tokens; call"
+                f" model.resize_token_embeddings({sizes[0]}) before loading the adapter"
             )
+
+    def _new_rows(self) -> int | None:
+        return min(self.resized.values(), default=None)
+
+    def _not_resized(self) -> str:
+        """The embedding that stays as it was while the other one was resized; "" if none does."""
+        if not self.resized or self.base.tied:
+            return ""
+        both = (self.base.input, self.base.output)
+        return next((name for name in both if name and name not in self.resized), "")
 
     def _note_tying(self) -> None:
         if not self.base.tied:
@@ -358,7 +373,7 @@ class _Fit:
         if self.base.model is None:
             return
         try:
-            view = inject(self.adapter, self.base.model, rows=min(self.rows, default=None))
+            view = inject(self.adapter, self.base.model, rows=self._new_rows())
         except Exception as error:  # PEFT's own words for what it cannot do
             self._peft_refuses(one_line(error))
             return

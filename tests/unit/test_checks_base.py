@@ -400,6 +400,36 @@ def test_only_one_of_two_embeddings_resized(folder: Path, tmp_path: Path) -> Non
     assert any("embeddings of [70, 71] rows" in problem.found for problem in problems)
 
 
+@pytest.mark.parametrize("kept", ["embed_tokens", "lm_head"])
+def test_the_rows_of_new_tokens_in_one_embedding_only(
+    folder: Path, tmp_path: Path, kept: str
+) -> None:
+    model = tiny.llama()
+    model.resize_token_embeddings(70, mean_resizing=False)
+    adapter = make(tmp_path, model, modules_to_save=["lm_head", "embed_tokens"])
+    adapter = tiny.rewrite_weights(
+        adapter, lambda t: {key: value for key, value in t.items() if kept not in key}
+    )
+    problems = measure_base_compatibility(adapter, folder).problems
+    [problem] = [problem for problem in problems if problem.where == "vocabulary"]
+    assert "has 70 rows" in problem.found
+    assert f"{kept} keeps the base's 64" in problem.found
+    assert "save_embedding_layers" in problem.fix
+
+
+def test_one_of_two_tied_embeddings_is_enough(tmp_path: Path) -> None:
+    model = tiny.llama(tie_word_embeddings=True)
+    tiny.save_base(model, tmp_path / "base")
+    model.resize_token_embeddings(70, mean_resizing=False)
+    adapter = make(tmp_path / "a", model, modules_to_save=["embed_tokens"])
+    adapter = tiny.rewrite_weights(
+        adapter, lambda t: {key: value for key, value in t.items() if "lm_head" not in key}
+    )
+    measured = measure_base_compatibility(adapter, tmp_path / "base")
+    assert measured.problems == ()
+    assert any("resized from 64 to 70" in note for note in measured.notes)
+
+
 def test_an_embedding_factor_for_another_vocabulary(tmp_path: Path) -> None:
     adapter = make(tmp_path / "a", target_modules=["embed_tokens"])
     adapter = tiny.rewrite_weights(
