@@ -170,14 +170,17 @@ def source_perplexities() -> dict[str, float]:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
+    from pytest_lora.loading import quiet
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(FIXTURES / "base")
     texts = [row["text"] for row in _rows("source_heldout.jsonl")[:24]]
     rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
 
     def perplexity(name: str) -> float:
-        model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "base")
-        if name != "base":
-            model = peft.PeftModel.from_pretrained(model, str(FIXTURES / "adapters" / name))
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "base")
+            if name != "base":
+                model = peft.PeftModel.from_pretrained(model, str(FIXTURES / "adapters" / name))
         model.eval()
         total = 0.0
         with torch.inference_mode():
@@ -207,9 +210,12 @@ def test_every_targeted_module_was_changed(name: str) -> None:
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
+    from pytest_lora.loading import quiet
+
     base = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "base")
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    model = peft.PeftModel.from_pretrained(base, str(FIXTURES / "adapters" / name))
+    with quiet():
+        model = peft.PeftModel.from_pretrained(base, str(FIXTURES / "adapters" / name))
     after = model.merge_and_unload().state_dict()
     config = json.loads((FIXTURES / "adapters" / name / "adapter_config.json").read_text())
     changed = {
