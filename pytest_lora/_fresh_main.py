@@ -11,7 +11,7 @@ whatever it is doing, and removes HOME, which the parent can no longer do.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import ctypes
 import json
 import os
 import select
@@ -19,8 +19,11 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -45,7 +48,7 @@ def main() -> None:
 def _serve(read: int, write: int, home: Path, libraries: dict[str, str]) -> None:
     _say(write, libraries)
     for line in _lines(read):
-        status = _in_child(Path(line.decode()), read)
+        status = _in_child(Path(line.decode()), read, write)
         if status is None:
             break
         _say(write, status)
@@ -91,7 +94,8 @@ def _import_libraries() -> dict[str, str]:
 
 
 def _say(write: int, what: object) -> None:
-    os.write(write, f"{json.dumps(what)}\n".encode())
+    # The record separator tells this line from what a start-up file may have printed before it.
+    os.write(write, f"\x1e{json.dumps(what)}\n".encode())
 
 
 def _lines(read: int) -> Iterator[bytes]:
@@ -103,16 +107,22 @@ def _lines(read: int) -> Iterator[bytes]:
             yield line
 
 
-def _in_child(job: Path, parent: int) -> int | None:
+def _in_child(job: Path, parent: int, write: int) -> int | None:
     """Exit status of a forked process that does ``job``; None if the parent went away."""
     alive, held = os.pipe()
     pid = os.fork()
     if pid == 0:  # pragma: no cover - ends without a chance to write down what it covered
         status = 1
-        with contextlib.suppress(BaseException):
+        try:
+            _die_with_the_server()
+            os.close(write)  # the parent sees the end of it when the server dies
             _perform(job)
             status = 0
-        os._exit(status)
+        except BaseException:  # nothing may get back into the server's loop
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
     os.close(held)  # the child's copy is the last one, so `alive` reports its end
     ready, _, _ = select.select([alive, parent], [], [])
     orphaned = alive not in ready
@@ -121,6 +131,10 @@ def _in_child(job: Path, parent: int) -> int | None:
     _, status = os.waitpid(pid, 0)
     os.close(alive)
     return None if orphaned else os.waitstatus_to_exitcode(status)
+
+
+def _die_with_the_server() -> None:  # pragma: no cover - in the fork only
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from pytest_lora.errors import CannotRun, NotApplicable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FreshResult", "Job", "require_space", "run_fresh", "scratch", "shutdown"]
+__all__ = ["FreshResult", "Job", "Refused", "require_space", "run_fresh", "scratch", "shutdown"]
 
 TIMEOUT = 600.0
 """Seconds a job may take, the start of its process included."""
@@ -51,7 +51,14 @@ MOST_SERVERS = 4
 
 _MAIN = Path(__file__).with_name("_fresh_main.py")
 _TAIL = 1500
+_MARK = b"\x1e"
+"""What a line of a server's own begins with: a start-up file may have printed before it."""
+
 _DROPPED = ("PYTHONWARNINGS", "PYTHONINSPECT", "PYTHONSTARTUP", "PYTHONPROFILEIMPORTTIME")
+
+
+class Refused(CannotRun):
+    """A fresh process was well, but could not load or run what it was given."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,8 +96,9 @@ def run_fresh(
         timeout: seconds until the process is ended.
 
     Raises:
-        CannotRun: the process could not do it, died, took too long, or imports other libraries than
-            this one; the message ends with what it wrote to stderr.
+        Refused: the process could not load the model or the adapter, or not run it.
+        CannotRun: it died, took too long, or imports other libraries than this one; the message
+            ends with what it wrote to stderr.
         NotApplicable: the process found that the job has no meaning for this adapter.
     """
     started = time.monotonic()
@@ -112,12 +120,16 @@ def _write_job(directory: Path, job: Job, inputs: Mapping[str, torch.Tensor]) ->
 
 
 def _read_result(directory: Path, said: str, seconds: float) -> FreshResult:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
-    if not result["ok"]:
-        _raise(result, said)
-    found = load_file(directory / OUTPUTS)
+    try:
+        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        if not result["ok"]:
+            _raise(result, said)
+        found = load_file(directory / OUTPUTS)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CannotRun(f"a fresh process left no readable result: {error!r}{said}") from None
     return FreshResult(
         outputs={name: tensor for name, tensor in found.items() if not name.startswith("tensor:")},
         tensors={
@@ -136,7 +148,7 @@ def _raise(result: Mapping[str, Any], said: str) -> None:
         raise NotApplicable(result["message"])
     message = f"in a fresh process: {result['message']}"
     if result["kind"] == "CannotRun":
-        raise CannotRun(message, missing=result["missing"])
+        raise Refused(message, missing=result["missing"])
     raise CannotRun(message + said)
 
 
@@ -183,7 +195,10 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def scratch(purpose: str = "files") -> Iterator[Path]:
-    """An empty directory that is removed afterwards, also if this process is killed."""
+    """An empty directory that is removed afterwards.
+
+    Should this process be killed meanwhile, a fresh process that is running removes it.
+    """
     path = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=_place().path))
     try:
         yield path
@@ -217,16 +232,18 @@ def _gigabytes(size: int) -> str:
 class _Server:
     """A clean process that forks for each job."""
 
-    def __init__(self, home: Path, hash_seed: int, deadline: float) -> None:
+    def __init__(self, home: Path, hash_seed: int) -> None:
         directory = Path(tempfile.mkdtemp(prefix=f"seed-{hash_seed}-", dir=home))
         self.log = directory / "stderr"
         self._process = _start(home, directory, self.log, hash_seed, [])
         self._pending = b""
-        try:
+        self._ready = False
+
+    def prepare(self, deadline: float) -> None:
+        """Wait, the first time, until it has imported its libraries, and compare them with ours."""
+        if not self._ready:
             _require_same_libraries(self.receive(deadline))
-        except BaseException:
-            self.close()
-            raise
+            self._ready = True
 
     @property
     def alive(self) -> bool:
@@ -247,15 +264,23 @@ class _Server:
         source = _pipe(self._process.stdout).fileno()
         with selectors.DefaultSelector() as selector:
             selector.register(source, selectors.EVENT_READ)
-            while b"\n" not in self._pending:
+            while (line := self._next_line()) is None:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     raise TimeoutError
                 chunk = os.read(source, 65536)
                 if not chunk:
                     raise EOFError
                 self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
         return json.loads(line)
+
+    def _next_line(self) -> bytes | None:
+        """The next whole line of its own among what it wrote."""
+        while b"\n" in self._pending:
+            line, _, self._pending = self._pending.partition(b"\n")
+            _, mark, text = line.rpartition(_MARK)
+            if mark:
+                return text
+        return None
 
     def close(self) -> None:
         """End it, and the job in hand."""
@@ -266,16 +291,19 @@ def _start(
     home: Path, directory: Path, log: Path, hash_seed: int, options: list[str]
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", str(_MAIN), str(home), *options, *_library_paths()]
-    with log.open("ab") as stderr:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            cwd=directory,
-            env=_environment(hash_seed),
-            start_new_session=True,  # Ctrl-C is for the parent, which ends it in order
-        )
+    try:
+        with log.open("ab") as stderr:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=directory,
+                env=_environment(hash_seed),
+                start_new_session=True,  # Ctrl-C is for the parent, which ends it in order
+            )
+    except OSError as error:
+        raise CannotRun(f"no fresh process can be started: {error}") from None
 
 
 def _environment(hash_seed: int) -> dict[str, str]:
@@ -320,14 +348,12 @@ def _require_same_libraries(theirs: Mapping[str, str]) -> None:
 def _on_server(directory: Path, hash_seed: int, deadline: float, timeout: float) -> str:
     """Have the job done by a fork; returns what it wrote to stderr."""
     home = _place()
-    log, start = None, 0
+    server = _server(home, hash_seed)
+    log, start = server.log, server.log.stat().st_size
     try:
-        server = _server(home, hash_seed, deadline)
-        log, start = server.log, server.log.stat().st_size
+        server.prepare(deadline)
         server.send(directory)
         status = server.receive(deadline)
-    except CannotRun:
-        raise
     except BaseException as error:
         _forget(home, hash_seed)
         if isinstance(error, TimeoutError):
@@ -340,7 +366,7 @@ def _on_server(directory: Path, hash_seed: int, deadline: float, timeout: float)
     return said
 
 
-def _server(home: _Home, hash_seed: int, deadline: float) -> _Server:
+def _server(home: _Home, hash_seed: int) -> _Server:
     server = home.servers.pop(hash_seed, None)
     if server is not None and not server.alive:
         server.close()
@@ -348,7 +374,7 @@ def _server(home: _Home, hash_seed: int, deadline: float) -> _Server:
     if server is None:
         while len(home.servers) >= MOST_SERVERS:
             _forget(home, next(iter(home.servers)))
-        server = _Server(home.path, hash_seed, deadline)
+        server = _Server(home.path, hash_seed)
     home.servers[hash_seed] = server  # the last one is the one used last
     return server
 
@@ -393,10 +419,8 @@ def _too_long(timeout: float) -> str:
     )
 
 
-def _tail(log: Path | None, start: int) -> str:
+def _tail(log: Path, start: int) -> str:
     """The end of what was written to ``log`` since ``start``, as the end of a message."""
-    if log is None or not log.is_file():
-        return ""
     with log.open("rb") as stream:
         stream.seek(max(start, log.stat().st_size - _TAIL))
         text = stream.read().decode("utf-8", "replace").strip()
