@@ -6,10 +6,10 @@ nothing kept in memory can stand in for what is missing from the files.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,17 @@ import torch
 from pytest_lora.adapter import BASE_PREFIX, read_adapter
 from pytest_lora.attach import ADAPTER_NAME
 from pytest_lora.checks.bits import how_different, is_routed, median_rms, output_problem, rms
-from pytest_lora.errors import NotApplicable
-from pytest_lora.fresh import TIMEOUT, FreshResult, Job, require_space, run_fresh, scratch
-from pytest_lora.loading import BaseSpec, one_line, quiet
+from pytest_lora.errors import CannotRun, NotApplicable
+from pytest_lora.fresh import (
+    TIMEOUT,
+    FreshResult,
+    Job,
+    Refused,
+    require_space,
+    run_fresh,
+    scratch,
+)
+from pytest_lora.loading import BaseSpec, Checkpoint, one_line, quiet
 from pytest_lora.locate import CONFIG_NAME, AdapterLocation
 from pytest_lora.records import Json, Measurement, Problem
 
@@ -84,8 +92,12 @@ def measure_save_reload(
         tensors, notes = _compare_files(subject.adapter, written, _renames(subject))
         problems = [*tensors, *_compare_configs(subject, written, notes)]
         for seed in hash_seeds:
-            result = run_fresh(Job(spec, written.location, tensors=True), subject.inputs,
-                               hash_seed=seed, timeout=timeout)  # fmt: skip
+            job = Job(spec, written.location, tensors=True)
+            try:
+                result = run_fresh(job, subject.inputs, hash_seed=seed, timeout=timeout)
+            except Refused as refusal:
+                problems.append(Problem(_reload(seed), str(refusal), "the saved adapter to load"))
+                continue
             problems += _compare_loaded(written, result, expected)
     return Measurement.of_problems(
         problems,
@@ -243,11 +255,11 @@ def _kept(key: str, disk: Any, memory: Any, adapter: Adapter) -> bool:
         return True
     if key == "target_modules":  # resolved against the base; long lists are condensed
         names = adapter.target_modules
-        return names in (None, "all-linear") or len(disk) >= _MANY_TARGETS
+        many = isinstance(disk, list) and len(disk) >= _MANY_TARGETS
+        return names in (None, "all-linear") or many
     if key == "modules_to_save":  # a classifier's head always counts
-        return set(memory or ()) - set(disk or ()) <= _HEADS and set(disk or ()) <= set(
-            memory or ()
-        )
+        ours, loaded = set(disk or ()), set(memory or ())
+        return ours <= loaded <= ours | _HEADS
     if key == "loftq_config":  # of no effect without LoftQ initialisation, and emptied
         return adapter.config.get("init_lora_weights") != "loftq"
     if isinstance(disk, Mapping) and isinstance(memory, Mapping):  # defaults filled in
@@ -258,10 +270,14 @@ def _kept(key: str, disk: Any, memory: Any, adapter: Adapter) -> bool:
 # ------------------------------------------------------------------------------ loaded elsewhere
 
 
+def _reload(seed: int) -> str:
+    return f"reload with PYTHONHASHSEED={seed}"
+
+
 def _compare_loaded(
     written: Adapter, result: FreshResult, expected: torch.Tensor
 ) -> Iterator[Problem]:
-    where = f"reload with PYTHONHASHSEED={result.hash_seed}"
+    where = _reload(result.hash_seed)
     for key, tensor in result.tensors.items():
         if key not in written.tensors:
             continue
@@ -307,26 +323,36 @@ def measure_merged_reload(subject: Subject, *, timeout: float = TIMEOUT) -> Meas
         require_space(_size(subject), "saving the merged model")
         target = directory / "model"
         first = run_fresh(Job(spec, adapter, merge_to=target), inputs, timeout=timeout)
+        merged, unmerged = first.outputs["merged"], first.outputs["output"]
+        _require_finite(unmerged)
         plain = dataclasses.replace(spec, path=target, num_labels=None)
-        reloaded = run_fresh(Job(plain), inputs, timeout=timeout).outputs["output"]
-        tied = _says_tied(target)
-    merged, unmerged = first.outputs["merged"], first.outputs["output"]
-    _require_finite(unmerged)
-    problem = output_problem(
-        "merged, saved and loaded again",
-        reloaded[..., : merged.shape[-1]],
+        problem = _reloaded(plain, inputs, merged, timeout)
+        if problem:
+            problem = dataclasses.replace(problem, fix=_cause(target, subject))
+    wide = _wide_output(spec, adapter, inputs, merged.dtype, timeout)
+    routed = is_routed(subject.base.module)
+    if wide is None:
+        note = "float64: no wider format to judge rounding by"
+        return _judged(None, merged, problem, note)
+    errors = Errors.of(merged, unmerged, wide, typical=routed)
+    return _judged(errors, merged, problem, _ROUTED if routed else "")
+
+
+def _reloaded(
+    spec: BaseSpec, inputs: Mapping[str, torch.Tensor], merged: torch.Tensor, timeout: float
+) -> Problem | None:
+    """What is wrong with the merged folder, unless it gives the output it gave in memory."""
+    where = "merged, saved and loaded again"
+    try:
+        output = run_fresh(Job(spec), inputs, timeout=timeout).outputs["output"]
+    except Refused as refusal:
+        return Problem(where, str(refusal), "a model that loads and runs")
+    return output_problem(
+        where,
+        output[..., : merged.shape[-1]],
         merged,
         meaning="the merged model's output in memory, bit for bit",
-        fix=_tied_fix(subject) if tied else "",
     )
-    wide = _wide_output(spec, adapter, inputs, merged.dtype, timeout)
-    if wide is None:
-        return _judged(
-            None, merged.numel(), problem, "float64: no wider format to judge rounding by"
-        )
-    routed = is_routed(subject.base.module)
-    errors = Errors.of(merged, unmerged, wide, typical=routed)
-    return _judged(errors, merged.numel(), problem, _ROUTED if routed else "")
 
 
 def _require_mergeable(subject: Subject) -> None:
@@ -372,18 +398,38 @@ def _rolled(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return many[:rows].contiguous()
 
 
+def _cause(folder: Path, subject: Subject) -> str:
+    """What in the merged folder explains that loading it gives another model, and what to do."""
+    if _says_tied(folder) and _adapts_embeddings(subject.adapter):
+        return (
+            "the merged config.json says tie_word_embeddings=true, so loading overwrites the head;"
+            " set it to false there, or merge with PEFT 0.19.1 or later"
+        )
+    lost = _lost(folder, subject)
+    if lost:
+        more = ", ..." if len(lost) > 3 else ""
+        return f"the merged folder lacks {', '.join(lost[:3])}{more}; save every tensor"
+    return "every tensor is in the merged folder, so look for one saved or loaded altered"
+
+
+def _lost(folder: Path, subject: Subject) -> list[str]:
+    """Parameters the merged folder has no tensor for."""
+    try:
+        saved = Checkpoint(folder)
+    except CannotRun:
+        return ["whole safetensors weights"]
+    module = subject.base.module
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    return [name for name in names if saved.find(name, module) is None]
+
+
+def _adapts_embeddings(adapter: Adapter) -> bool:
+    return any(f".{name}." in key for key in adapter.tensors for name in _EMBEDDINGS)
+
+
 def _says_tied(folder: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config.get("tie_word_embeddings") is True
-    return False
-
-
-def _tied_fix(subject: Subject) -> str:
-    return (
-        "the merged config.json says tie_word_embeddings=true, so loading overwrites the head;"
-        " set it to false there, or merge with PEFT 0.19.1 or later"
-    )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("tie_word_embeddings") is True
 
 
 def _wide_output(
@@ -409,11 +455,15 @@ _ROUTED = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Errors:
-    """RMS distances from the output in the wider format, and the least one can ask for."""
+    """RMS distances from the output in the wider format, and the least one can ask for.
+
+    ``worst`` is where the merged model is furthest off.
+    """
 
     merged: float
     unmerged: float
     floor: float
+    worst: tuple[int, ...]
 
     @classmethod
     def of(
@@ -421,17 +471,28 @@ class Errors:
     ) -> Errors:
         """Over all values, or (``typical``) the median over positions."""
         exact = wide.double()
+        error = merged.double() - exact
         spread = median_rms if typical else rms
         floor = torch.finfo(merged.dtype).eps / 2 / (2 * math.sqrt(3)) * spread(exact)
-        return cls(spread(merged.double() - exact), spread(unmerged.double() - exact), floor)
+        largest = torch.unravel_index(error.abs().argmax(), error.shape)
+        worst = tuple(int(index) for index in largest)
+        return cls(spread(error), spread(unmerged.double() - exact), floor, worst)
 
     @property
     def ratio(self) -> float:
         """How much further off the merged model is."""
-        return self.merged / max(self.unmerged, self.floor)
+        return self.merged / max(self.unmerged, self.floor, sys.float_info.min)
+
+    def __str__(self) -> str:
+        return (
+            f"the merged model's output is off the wider reference by {self.merged:.3g} (RMS), most"
+            f" at {list(self.worst)}; the unmerged model's by {self.unmerged:.3g}"
+        )
 
 
-def _judged(errors: Errors | None, count: int, problem: Problem | None, note: str) -> Measurement:
+def _judged(
+    errors: Errors | None, merged: torch.Tensor, problem: Problem | None, note: str
+) -> Measurement:
     notes = [note] if note else []
     details: dict[str, Json] = {}
     if errors is not None:
@@ -439,11 +500,24 @@ def _judged(errors: Errors | None, count: int, problem: Problem | None, note: st
                    "rms_floor": errors.floor, "ratio": errors.ratio}  # fmt: skip
         if max(errors.merged, errors.unmerged) <= errors.floor:
             notes.append("both models are as close to the reference as their format allows")
-    ratio = errors.ratio if errors is not None else 0.0
+    problem = problem or _not_finite(merged)
     return Measurement(
-        value=math.inf if problem else ratio,
+        value=math.inf if problem else errors.ratio if errors else 0.0,
         unit="times the unmerged model's own rounding error",
-        count=count,
-        where=str(problem) if problem else None,
+        count=merged.numel(),
+        where=str(problem or errors or "") or None,
         details={**details, "problems": [problem.to_dict()] if problem else [], "notes": notes},
+    )
+
+
+def _not_finite(merged: torch.Tensor) -> Problem | None:
+    finite = merged.isfinite()
+    if bool(finite.all()):
+        return None
+    count = int((~finite).sum())
+    return Problem(
+        f"the merged model in {_name(merged.dtype)}",
+        f"{count} of {merged.numel()} outputs are not finite",
+        "finite ones, as the unmerged model gives",
+        "the merged weights overflow: merge in float32 or bfloat16",
     )
