@@ -124,8 +124,7 @@ def _unsaved(subject: Subject, error: Exception) -> Measurement:
 def _save(subject: Subject, directory: Path) -> None:
     """``save_pretrained``, embeddings included where the adapter's own file has them.
 
-    The recorded base is the local folder meanwhile: PEFT looks there, and not on the hub, whether
-    the vocabulary was resized.
+    The recorded base is the local folder meanwhile, should PEFT look into it: not the hub.
     """
     model: Any = subject.model
     config = model.peft_config[ADAPTER_NAME]
@@ -136,15 +135,21 @@ def _save(subject: Subject, directory: Path) -> None:
             model.save_pretrained(
                 directory,
                 selected_adapters=[ADAPTER_NAME],
-                save_embedding_layers=True if _has_embeddings(subject.adapter) else "auto",
+                save_embedding_layers=_has_embeddings(subject.adapter),
             )
     finally:
         config.base_model_name_or_path = recorded
 
 
 def _has_embeddings(adapter: Adapter) -> bool:
-    """Whether the file holds an embedding or head that ``modules_to_save`` does not name."""
+    """Whether the file was saved with ``save_embedding_layers``, by PEFT's choice or the user's.
+
+    It then holds an embedding or head that ``modules_to_save`` does not name, or, where it names
+    it, also the original that PEFT keeps beside the trained copy.
+    """
     for key in adapter.tensors:
+        if key.endswith(".original_module.weight"):
+            return True
         path = key.removeprefix(BASE_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
         leaf = path.rpartition(".")[2]
         if leaf in _EMBEDDINGS and key.endswith(".weight") and leaf not in adapter.modules_to_save:
@@ -418,9 +423,9 @@ def _lost(folder: Path, subject: Subject) -> list[str]:
         saved = Checkpoint(folder)
     except CannotRun:
         return ["whole safetensors weights"]
-    module = subject.base.module
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    return [name for name in names if saved.find(name, module) is None]
+    with subject.base.bare() as module:
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        return [name for name in names if saved.find(name, module) is None]
 
 
 def _adapts_embeddings(adapter: Adapter) -> bool:
