@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from example import FIXTURES
 from safetensors.torch import load_file, save_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 Tensors = dict[str, torch.Tensor]
 Verdicts = dict[str, dict[str, dict[str, Any]]]
 """Check results as in the JSON report, by adapter and check."""

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from example import NEEDS_EXAMPLE
 from mutants import MUTANTS, Mutant, Verdicts, run_suite
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -19,6 +20,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
     return run_suite(tmp_path_factory.mktemp("mutants"))
 
 
+@NEEDS_EXAMPLE
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_caught_by_the_check_meant_for_it_and_no_other(mutant: Mutant, verdicts: Verdicts) -> None:
     results = verdicts[mutant.name]
@@ -31,6 +33,7 @@ def test_caught_by_the_check_meant_for_it_and_no_other(mutant: Mutant, verdicts:
     assert others == {}
 
 
+@NEEDS_EXAMPLE
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_the_failure_says_where(mutant: Mutant, verdicts: Verdicts) -> None:
     result = verdicts[mutant.name][mutant.check]

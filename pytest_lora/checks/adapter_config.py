@@ -310,23 +310,34 @@ def _reader(installed: str | None) -> tuple[int, int]:
     return (minor_version(installed) if installed else None) or NEWEST
 
 
+_JUDGED_ELSEWHERE = frozenset({"auto_map", "peft_version"})
+"""Keys that have a question of their own: which code could run, and which PEFT wrote them."""
+
+
 def _check_keys(adapter: Adapter, findings: Findings, installed: str | None) -> None:
     """PEFT drops keys it does not know with a warning; one that is in use changes the result."""
     reader = _reader(installed)
     silent: list[str] = []
     for key, value in adapter.config.items():
         complaint = _why_unread(adapter.peft_type, key, reader, installed)
-        if not complaint or key == "auto_map":  # judged with the other ways to run code
+        if not complaint or key in _JUDGED_ELSEWHERE:
             continue
         if key in FOREIGN_KEYS:
             findings.notes.append(f"{key!r} is a setting of {FOREIGN_KEYS[key]} that PEFT ignores")
-        elif key == "runtime_config" or value in (None, False, "", [], {}):
+        elif _is_idle(adapter.config, key):
             silent.append(repr(key))
         else:
             found, fix = complaint
             findings.fail(key, f"{found}, and it is in use ({_short(value)})", "a known key", fix)
     if silent:
         findings.notes.append(f"keys PEFT will not read, none of them in use: {', '.join(silent)}")
+
+
+def _is_idle(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a key's value asks for nothing."""
+    if key == "qalora_group_size":
+        return not config.get("use_qalora")
+    return key == "runtime_config" or config[key] in (None, False, "", [], {})
 
 
 def _why_unread(

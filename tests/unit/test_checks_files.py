@@ -177,6 +177,12 @@ def test_keys_and_methods_newer_than_the_reader_are_problems(tmp_path: Path) -> 
     [problem] = problems(folder, peft_version="0.15.2")
     assert "known since PEFT 0.16, PEFT 0.15.2 drops it, and it is in use (True)" in problem
     assert "pip install -U 'peft>=0.16'" in problem
+    (grouped,) = problems(
+        write_adapter(tmp_path / "c", use_qalora=True, qalora_group_size=8), peft_version="0.15.2"
+    )[1:]
+    assert "qalora_group_size" in grouped
+    idle = write_adapter(tmp_path / "d", qalora_group_size=16)
+    assert problems(idle, peft_version="0.15.2") == []
     road = write_adapter(tmp_path / "b", peft_type="ROAD")
     assert "ROAD is known since PEFT 0.18, not to PEFT 0.17.1" in str(
         problems(road, peft_version="0.17.1")

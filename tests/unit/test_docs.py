@@ -17,14 +17,13 @@ from typing import Any
 
 import pytest
 from adapter_maker import write_adapter
+from example import EXAMPLE, NEEDS_EXAMPLE, ROOT
 
 import pytest_lora
 from pytest_lora import suite
 from pytest_lora.catalog import CHECKS, Need
 from pytest_lora.settings import option_name, table
 
-ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "fixtures" / "adapters" / "attention-lora"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("fixtures/*.md")])
 IDS = [spec.id for spec in CHECKS]
 OPTIONS = {option_name(name) for name, _ in table()} | {"--lora-list-checks"}
@@ -35,7 +34,6 @@ LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 NEEDS_MODEL = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="needs the model libraries"
 )
-NEEDS_EXAMPLE = pytest.mark.skipif(not EXAMPLE.exists(), reason="the example is not built yet")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from example import FIXTURES, NEEDS_EXAMPLE
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 GENERATED = ("base", "adapters", "data")
 LIMIT = 8 * 2**20
 ADAPTERS = ("all-linear-rslora", "attention-lora", "dora", "overtrained", "saved-head")
@@ -191,6 +191,7 @@ def source_perplexities() -> dict[str, float]:
     return {name: perplexity(name) for name in ("base", *ADAPTERS)}
 
 
+@NEEDS_EXAMPLE
 def test_a_slice_reproduces_the_measured_forgetting(
     manifest: dict[str, Any], source_perplexities: dict[str, float]
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_slice_reproduces_the_measured_forgetting(
         assert math.log(value) == pytest.approx(math.log(measured[name]), rel=0.25, abs=0.1)
 
 
+@NEEDS_EXAMPLE
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_targeted_module_was_changed(name: str) -> None:
     pytest.importorskip("torch")
