@@ -363,54 +363,6 @@ def test_keys_that_transformers_renames_are_not_compared(
     assert "only outputs were compared" in measured.notes[0]
 
 
-def test_loading_that_depends_on_the_process(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two tensors swapped by whoever loads under another hash seed, as in peft#2334."""
-    (tmp_path / "sitecustomize.py").write_text(FAULTY_LOADING)
-    subject = on(folders, tmp_path)
-    fresh.shutdown()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    try:
-        measured = measure_save_reload(subject, hash_seeds=(3,))
-    finally:
-        fresh.shutdown()
-    a, b = B.replace("v_proj", "q_proj").replace("lora_B", "lora_A"), B.replace("lora_B", "lora_A")
-    assert where(measured) == [a, b, "reload with PYTHONHASHSEED=3"]
-    assert "another tensor's values: rename the modules" in measured.problems[0].fix
-    assert "128 of 128 values differ" in measured.problems[0].found
-
-
-FAULTY_LOADING = """
-import sys, importlib.abc, importlib.util
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "peft.peft_model":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def patched(module):
-            execute(module)
-            load = module.set_peft_model_state_dict
-
-            def faulty(model, tensors, *args, **options):
-                a, b = (next(k for k in tensors if f"layers.0.self_attn.{p}.lora_A" in k)
-                        for p in ("q_proj", "v_proj"))
-                tensors[a], tensors[b] = tensors[b], tensors[a]
-                return load(model, tensors, *args, **options)
-
-            module.set_peft_model_state_dict = faulty
-
-        spec.loader.exec_module = patched
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
-
-
 # ---------------------------------------------------------------------- what loading documents
 
 
@@ -598,3 +550,55 @@ def test_both_as_good_as_their_format_is_told() -> None:
     assert measured.value == 0
     assert measured.notes[0] == "a remark"
     assert "as close to the reference as their format allows" in measured.notes[1]
+
+
+# ---------------------------------------------------------------------------- another process
+# The last test, for it needs processes with another environment.
+
+
+def test_loading_that_depends_on_the_process(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tensors swapped by whoever loads under another hash seed, as in peft#2334."""
+    (tmp_path / "sitecustomize.py").write_text(FAULTY_LOADING)
+    subject = on(folders, tmp_path)
+    fresh.shutdown()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    try:
+        measured = measure_save_reload(subject, hash_seeds=(3,))
+    finally:
+        fresh.shutdown()
+    a, b = B.replace("v_proj", "q_proj").replace("lora_B", "lora_A"), B.replace("lora_B", "lora_A")
+    assert where(measured) == [a, b, "reload with PYTHONHASHSEED=3"]
+    assert "another tensor's values: rename the modules" in measured.problems[0].fix
+    assert "128 of 128 values differ" in measured.problems[0].found
+
+
+FAULTY_LOADING = """
+import sys, importlib.abc, importlib.util
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "peft.peft_model":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def patched(module):
+            execute(module)
+            load = module.set_peft_model_state_dict
+
+            def faulty(model, tensors, *args, **options):
+                a, b = (next(k for k in tensors if f"layers.0.self_attn.{p}.lora_A" in k)
+                        for p in ("q_proj", "v_proj"))
+                tensors[a], tensors[b] = tensors[b], tensors[a]
+                return load(model, tensors, *args, **options)
+
+            module.set_peft_model_state_dict = faulty
+
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
