@@ -24,7 +24,7 @@ import torch
 import transformers
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-COUNTER = '''\
+COUNTER = """\
 import pytest_lora.loading as loading
 
 reads = []
@@ -41,7 +41,7 @@ loading.load_weights = counted
 
 def pytest_unconfigure():
     print(f"the run's own process read a base {len(reads)} times")
-'''
+"""
 
 
 def build(folder: Path, options: argparse.Namespace) -> int:
