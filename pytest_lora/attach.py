@@ -55,8 +55,7 @@ def attach(
     """
     if not adapter.weights_files:
         raise CannotRun(
-            f"{adapter.path}: no whole safetensors weights to load; other formats are never opened",
-            missing=not adapter.problems,
+            f"{adapter.path}: no whole safetensors weights to load; other formats are never opened"
         )
     try:
         with loadable_directory(adapter) as directory, own_randomness(), quiet():

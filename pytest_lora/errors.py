@@ -31,8 +31,9 @@ class NotApplicable(LoraError):
 class CannotRun(LoraError):
     """The check has a meaning but could not be carried out.
 
-    ``missing`` tells the two apart that pytest shows differently: something absent that a person
-    can provide (a base model, a GPU) is a skip with its reason; anything else is an error.
+    That is an error, lest a gate open because its base model could not be had.  With ``missing`` it
+    is a skip with its reason: this one check lacks what only some models and machines need (inputs
+    of another kind than text, room on the disk).
     """
 
     def __init__(self, message: str, *, missing: bool = False) -> None:

@@ -97,7 +97,7 @@ def parse_device(name: str | torch.device) -> torch.device:
 
     Raises:
         UsageError: torch knows no such device.
-        CannotRun: the device is not there (``missing``).
+        CannotRun: the device is not there.
     """
     if isinstance(name, torch.device):
         return name
@@ -111,9 +111,7 @@ def parse_device(name: str | torch.device) -> torch.device:
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise CannotRun(
-            f"device {name!r} asked for, but torch sees {count} CUDA devices", missing=True
-        )
+        raise CannotRun(f"device {name!r} asked for, but torch sees {count} CUDA devices")
     return device
 
 
@@ -132,15 +130,13 @@ def resolve_base(
 
     Raises:
         UsageError: ``explicit`` is neither a model directory nor a hub id.
-        CannotRun: the base model is nowhere to be found (``missing``).
+        CannotRun: the base model is nowhere to be found.
     """
     if explicit is not None:
         return _explicit_base(str(explicit))
     name = adapter.base_model
     if not name:
-        raise CannotRun(
-            f"{adapter.path}: the configuration names no base model; {_HINT}", missing=True
-        )
+        raise CannotRun(f"{adapter.path}: the configuration names no base model; {_HINT}")
     for candidate in _local_candidates(name, adapter.path, root):
         if (candidate / CONFIG).is_file():
             return candidate
@@ -179,18 +175,17 @@ def _is_hub_id(name: str) -> bool:
 
 def _from_hub(name: str, revision: str | None, why: str) -> Path:
     if not _is_hub_id(name):
-        raise CannotRun(f"{why}, which is not on this machine; {_HINT}", missing=True)
+        raise CannotRun(f"{why}, which is not on this machine; {_HINT}")
     try:
         path = _snapshot(name, revision)
     except Exception as error:  # the hub client has a dozen ways to say no, httpx and requests more
         at = f" at revision {revision}" if revision else ""
         raise CannotRun(
             f"{why}{at}, which is neither a local folder, nor in the hub cache, nor to be had from"
-            f" the hub ({type(error).__name__}); {_HINT}",
-            missing=True,
+            f" the hub ({type(error).__name__}); {_HINT}"
         ) from None
     if not (path / CONFIG).is_file():
-        raise CannotRun(f"{why}, whose snapshot {path} holds no {CONFIG}; {_HINT}", missing=True)
+        raise CannotRun(f"{why}, whose snapshot {path} holds no {CONFIG}; {_HINT}")
     return path
 
 
@@ -433,7 +428,7 @@ def weight_headers(path: Path) -> tuple[Header, ...]:
         except HeaderError as error:
             raise CannotRun(f"{path}: {error}") from None
     if not (path / INDEX).is_file():
-        raise CannotRun(f"{path}: {_instead_of_weights(path)}", missing=True)
+        raise CannotRun(f"{path}: {_instead_of_weights(path)}")
     sharded = read_sharded(path / INDEX)
     if sharded.problems:
         raise CannotRun(f"{path}: {sharded.problems[0]}")

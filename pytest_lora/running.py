@@ -20,13 +20,28 @@ PROPERTY = "pytest_lora"
 
 
 def skip_if_blocked(item: pytest.Item) -> None:
-    """Skip a check of the suite that a failed one makes meaningless, and say which."""
+    """Skip a check of the suite that a failed one makes meaningless, and say which.
+
+    Where the failed one is not among the tests of this run, a skip would leave the run without any
+    failure: that is an error.
+    """
     spec, adapter = spec_of(item), adapter_name(item)
     if spec is None or adapter is None:
         return
     blocker = item.config.stash[RUN].blocked_by(spec, adapter)
-    if blocker is not None:
+    if blocker is None:
+        return
+    if _is_run(item.session, blocker, adapter):
         raise _Blocked(f"{blocker} did not pass, so this has no meaning yet")
+    raise CannotRun(
+        f"{blocker} did not pass, so this has no meaning yet, and {blocker} is not part of this"
+        " run; select it as well to see what is wrong"
+    )
+
+
+def _is_run(session: pytest.Session, check: str, adapter: str) -> bool:
+    specs = ((spec_of(item), adapter_name(item)) for item in session.items)
+    return any(spec is not None and (spec.id, name) == (check, adapter) for spec, name in specs)
 
 
 class _Blocked(Exception):

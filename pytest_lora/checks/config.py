@@ -87,11 +87,11 @@ def measure_config_matches_weights(
 
 def _require_readable(adapter: Adapter) -> None:
     if not adapter.config:
-        raise CannotRun(f"{adapter.name} has no readable {CONFIG_NAME}", missing=True)
+        raise CannotRun(f"{adapter.name} has no readable {CONFIG_NAME}")
     if adapter.peft_type not in METHODS:
         raise NotApplicable(f"no rules for the method {adapter.config.get('peft_type')!r:.60}")
     if not adapter.tensors:
-        raise CannotRun(f"{adapter.name} has no readable weights", missing=True)
+        raise CannotRun(f"{adapter.name} has no readable weights")
 
 
 def _row(module: LoraModule) -> dict[str, Json]:

@@ -81,7 +81,7 @@ def measure_finite_weights(adapter: Adapter) -> Measurement:
     """
     numbers = sum(info.numel for info in adapter.tensors.values())
     if not numbers:
-        raise CannotRun(f"{adapter.name} has no readable numbers", missing=True)
+        raise CannotRun(f"{adapter.name} has no readable numbers")
     try:
         problems = [
             problem

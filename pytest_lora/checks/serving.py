@@ -130,7 +130,7 @@ def measure_serving_profile(adapter: Adapter, *, targets: Sequence[str] = ()) ->
     """
     asked = [parse_target(text) for text in targets]
     if not adapter.config or not adapter.tensors:
-        raise CannotRun(f"{adapter.name} has no readable configuration and weights", missing=True)
+        raise CannotRun(f"{adapter.name} has no readable configuration and weights")
     named = {target.server for target in asked}
     others = [Target(name, SERVERS[name]) for name in SERVERS if name not in named]
     problems: list[Problem] = []

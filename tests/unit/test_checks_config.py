@@ -69,7 +69,7 @@ def test_nothing_to_compare_is_no_verdict(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", tensors={})
     with pytest.raises(CannotRun, match="no readable weights") as caught:
         measure_config_matches_weights(read_adapter(folder))
-    assert caught.value.missing
+    assert not caught.value.missing
     (folder / "adapter_config.json").unlink()
     with pytest.raises(CannotRun, match="no readable adapter_config"):
         measure_config_matches_weights(read_adapter(folder))

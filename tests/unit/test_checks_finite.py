@@ -103,7 +103,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     assert problem.where == "tensor 'x'"
     with pytest.raises(CannotRun, match="no readable numbers") as caught:
         measure(tmp_path / "b", ("y", "F32", (0, 3), b""))
-    assert caught.value.missing
+    assert not caught.value.missing
 
 
 def test_each_tensor_is_one_problem_and_blocks_are_joined(

@@ -96,7 +96,7 @@ def test_a_base_that_is_nowhere(tmp_path: Path, name: str | None, message: str) 
     adapter = described(tmp_path, base_model_name_or_path=name)
     with pytest.raises(CannotRun, match=message) as caught:
         loading.resolve_base(adapter)
-    assert caught.value.missing
+    assert not caught.value.missing
     assert "--lora-base-model=PATH" in str(caught.value)
     assert "--lora-checks=files" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -137,7 +137,7 @@ def test_a_hub_id_that_is_not_cached(hub: Path, tmp_path: Path, name: str) -> No
     )
     with pytest.raises(CannotRun, match=name) as caught:
         loading.resolve_base(adapter)
-    assert caught.value.missing
+    assert not caught.value.missing
     assert "--lora-base-model=PATH" in str(caught.value)
 
 
@@ -163,7 +163,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loading.parse_device("cuda:0").index == 0
     with pytest.raises(CannotRun, match="1 CUDA devices") as caught:
         loading.parse_device("cuda:1")
-    assert caught.value.missing
+    assert not caught.value.missing
     with pytest.raises(UsageError, match="'quantum' is not one torch knows"):
         loading.parse_device("quantum")
 

@@ -102,7 +102,7 @@ def test_only_the_target_decides(tmp_path: Path) -> None:
 def test_nothing_readable_is_no_verdict(tmp_path: Path) -> None:
     with pytest.raises(CannotRun) as caught:
         measure(tmp_path / "a", tensors={})
-    assert caught.value.missing
+    assert not caught.value.missing
 
 
 def magnitudes() -> Tensors:

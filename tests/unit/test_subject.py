@@ -262,9 +262,8 @@ def test_an_adapter_without_safetensors_is_not_loaded(
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     broken = tiny.read_adapter(tmp_path)
     before = snapshot(subject.base.module)
-    with pytest.raises(CannotRun, match="other formats are never opened") as caught:
+    with pytest.raises(CannotRun, match="other formats are never opened"):
         _ = Subject(broken, subject.base).model
-    assert caught.value.missing
     assert snapshot(subject.base.module) == before
 
 
