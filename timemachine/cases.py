@@ -303,12 +303,6 @@ def saved_with_a_namesake(place: Path) -> Measurement:
     return lora.assert_config_matches_weights(saved(model, place, "foo"))
 
 
-@case("peft#3282", "adapter_isolation", "would be saved", affected="0.19.1", fixed="0.21.0")
-def namesake_added(place: Path) -> Measurement:
-    """The same, before anything is saved."""
-    return lora.assert_adapter_isolation(trained(Mlp(), lora_config("body")), INPUT)
-
-
 def _wrong_layers(place: Path) -> Subject:
     """T5 counts blocks, and the parts of each block, so that its paths hold two numbers."""
     from transformers import T5Config, T5ForConditionalGeneration

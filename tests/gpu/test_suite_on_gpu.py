@@ -29,10 +29,10 @@ def test_a_sound_adapter_passes(pytester: pytest.Pytester, name: str, dtype: str
     assert result.ret == pytest.ExitCode.OK
 
 
-def test_an_overflowing_merge_is_caught(pytester: pytest.Pytester) -> None:
+def test_an_overflow_is_caught(pytester: pytest.Pytester) -> None:
     from mutants import MUTANTS, make
 
-    [mutant] = [mutant for mutant in MUTANTS if mutant.name == "overflowing_delta"]
+    [mutant] = [mutant for mutant in MUTANTS if mutant.name == "overflowing_factor"]
     folder = make(mutant, FIXTURES / "adapters", pytester.path / "mutant")
     result = pytester.runpytest_inprocess(
         "-p",
@@ -41,6 +41,6 @@ def test_an_overflowing_merge_is_caught(pytester: pytest.Pytester) -> None:
         f"--lora-base-model={FIXTURES / 'base'}",
         "--lora-device=cuda",
         "--lora-dtype=float16",
-        "--lora-checks=merge_equivalence",
+        "--lora-checks=adapter_effect",
     )
-    result.stdout.fnmatch_lines(["*merge_equivalence FAILED*"])
+    result.stdout.fnmatch_lines(["*adapter_effect FAILED*"])

@@ -42,7 +42,7 @@ def has_fault(case: Case) -> bool | None:
 def test_is_well_formed(case: Case) -> None:
     assert find_check(case.check).id == case.check
     assert re.fullmatch(r"([\w.-]+/)?[\w.-]+#\d+", case.thread)
-    assert case.fault.endswith(tuple('abcdefghijklmnopqrstuvwxyz)1234567890"'))
+    assert re.search(r'[\w)"]$', case.fault)  # the table goes on after it
     assert case.shows
     assert (case.fixed is None) == bool(case.control)
     assert case.fixed != case.affected
