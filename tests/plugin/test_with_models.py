@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from example import FIXTURES, NEEDS_EXAMPLE
@@ -70,9 +69,7 @@ def test_half_precision_passes_as_well(project: pytest.Pytester) -> None:
 def test_of_two_workers_one_reads_each_base(project: pytest.Pytester) -> None:
     other = project.path / "other"
     shutil.copytree(FIXTURES / "base", other)
-    project.path.joinpath("lora.toml").write_text(
-        f'[adapters."*dora*"]\nbase_model = "{other}"\n'
-    )
+    project.path.joinpath("lora.toml").write_text(f'[adapters."*dora*"]\nbase_model = "{other}"\n')
     words = [f"--lora-adapter={FIXTURES / 'adapters' / name}" for name in ADAPTERS[:4]]
     checks = "--lora-checks=adapter_effect,disable_equals_base,requires_grad"
     words += ["-n", "2", "--dist", "loadgroup", "--lora-profile=lora.toml"]
@@ -103,7 +100,10 @@ def test_a_test_that_changes_the_base_is_reported_and_the_next_has_a_sound_one(
     adapter = FIXTURES / "adapters" / "attention-lora"
     result = run(project, f"--lora-adapter={adapter}", "--lora-checks=disable_equals_base")
     result.stdout.fnmatch_lines(
-        ["*teardown of test_careless*", "*left the base model changed*lm_head.weight*at [[]3, 5[]]*"]
+        [
+            "*teardown of test_careless*",
+            "*left the base model changed*lm_head.weight*at [[]3, 5[]]*",
+        ]
     )
     result.assert_outcomes(passed=3, errors=1)
     assert len(reads(project)) == 2

@@ -178,9 +178,7 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(subject: Subject, tmp_pa
     assert "last words" not in str(caught.value)
 
 
-def test_missing_weights_are_an_error(
-    subject: Subject, spec: BaseSpec, tmp_path: Path
-) -> None:
+def test_missing_weights_are_an_error(subject: Subject, spec: BaseSpec, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(spec.path) / "config.json").read_text())
     bare = BaseSpec(tmp_path, spec.model_class, None, None, spec.device)
     with pytest.raises(Refused, match="holds no weights") as caught:
