@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -293,6 +294,16 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
         from pytest_lora.collection import SuitePlan
 
         config.stash[_PLAN] = SuitePlan.of(ids)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    run = config.stash[RUN]
+    if config.getvalue("dist") != "loadgroup" or not run.settings.adapter:
+        return None
+    from pytest_lora.distribution import GroupByBase, base_of
+
+    return GroupByBase(config, log, partial(base_of, run))
 
 
 # ---------------------------------------------------------------------------------------- running

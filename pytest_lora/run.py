@@ -147,6 +147,11 @@ class Run:
         bounds = {check: bound_for(settings, check) for check in settings.bounds}
         return {check: bound for check, bound in bounds.items() if bound is not None}
 
+    def base_name(self, adapter: str) -> str:
+        """What the base model of an adapter is called: what a run sorts and groups its tests by."""
+        named = self.settings_for(adapter).base_model or self.adapter(adapter).base_model
+        return named or adapter
+
     def base_source(self, adapter: Adapter, settings: Settings) -> Path:
         """Directory of the adapter's base model; see :func:`pytest_lora.loading.resolve_base`."""
         from pytest_lora.loading import resolve_base

@@ -76,6 +76,7 @@ ROOMS = {
     "fixtures": Room(5, frozenset({"pytest", "torch"})),
     "suite": Room(5, frozenset({"pytest"})),
     "collection": Room(5, frozenset({"pytest"})),
+    "distribution": Room(5, frozenset({"pytest", "xdist"})),
     "running": Room(5, frozenset({"pytest"})),
     "plugin": Room(6, frozenset({"pytest"})),
 }
