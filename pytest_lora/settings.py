@@ -10,11 +10,9 @@ profile key ``<name>``.  Values are taken from the first place that has one --
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, expand_selection, find_check
@@ -23,7 +21,6 @@ from pytest_lora.records import Bound
 
 __all__ = [
     "Layer",
-    "Profile",
     "Setting",
     "Settings",
     "bound_for",
@@ -215,7 +212,8 @@ class Settings:
     profile: str | None = _setting(
         None,
         _text,
-        "TOML file with settings per adapter (docs/settings.md)",
+        "TOML file with settings per adapter, source domains and tasks (default: lora.toml in the "
+        "root directory, if it is there; docs/settings.md)",
         metavar="FILE",
         path=True,
     )
@@ -385,78 +383,3 @@ def bound_for(settings: Settings, check: str) -> Bound | None:
         return None
     maker = Bound.at_least if find_check(check).limit == "at least" else Bound.at_most
     return maker(limit, settings.origin(check))
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Settings for groups of adapters, read from a TOML file.
-
-    The table ``[defaults]`` holds for every adapter, ``[adapters."PATTERN"]`` for those whose name
-    matches the shell pattern.  Sections apply in the order of the file, later ones win.
-    """
-
-    path: Path
-    defaults: Mapping[str, Any]
-    sections: tuple[tuple[str, Mapping[str, Any]], ...]
-
-    @classmethod
-    def read(cls, path: Path) -> Profile:
-        """Read and validate a profile; raises UsageError naming the file and what is wrong."""
-        data = _read_toml(path)
-        unknown = sorted(set(data) - {"defaults", "adapters"})
-        if unknown:
-            raise UsageError(f"{path}: unknown table [{unknown[0]}]; {_TABLES}")
-        adapters = _as_table(path, "adapters", data.get("adapters", {}))
-        profile = cls(
-            path,
-            _as_table(path, "defaults", data.get("defaults", {})),
-            tuple((name, _as_table(path, name, values)) for name, values in adapters.items()),
-        )
-        profile._validate()
-        return profile
-
-    def layers(self, adapter: str) -> list[Layer]:
-        """What the profile says about the adapter of that name, weakest first."""
-        matching = [
-            values for pattern, values in self.sections if fnmatch.fnmatch(adapter, pattern)
-        ]
-        return [Layer(self._anchored(values), self._spell) for values in [self.defaults, *matching]]
-
-    def _anchored(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """``values`` with paths taken relative to the profile, where something is there."""
-        paths = {name for name, setting in table() if setting.path}
-        return {
-            name: self._found(value) if name in paths else value for name, value in values.items()
-        }
-
-    def _found(self, value: Any) -> Any:
-        here = self.path.parent / value if isinstance(value, str) else None
-        return str(here) if here is not None and here.exists() else value
-
-    def _spell(self, name: str) -> str:
-        return f"{name} in {self.path}"
-
-    def _validate(self) -> None:
-        for values in [self.defaults, *(values for _, values in self.sections)]:
-            require_per_adapter(values, self._spell)
-            resolve([Layer(values, self._spell)])
-
-
-_TABLES = 'a profile has [defaults] and [adapters."PATTERN"]'
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    import tomllib  # only runs with a profile need it
-
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the profile: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from None
-
-
-def _as_table(path: Path, name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{path}: {name!r} must be a table; {_TABLES}")
-    return value

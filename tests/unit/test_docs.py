@@ -126,7 +126,8 @@ def profile_example() -> Block:
 
 
 def test_the_profile_example_means_what_it_says(tmp_path: Path) -> None:
-    from pytest_lora.settings import Profile, resolve
+    from pytest_lora.profile import Profile
+    from pytest_lora.settings import resolve
 
     path = tmp_path / "lora.toml"
     path.write_text(profile_example().code, encoding="utf-8")
