@@ -62,6 +62,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption(
         "--lora-list-checks", action="store_true", help="list the checks of the suite and exit"
     )
+    group.addoption(
+        "--lora-init",
+        action="store_true",
+        help="write a commented lora.toml for the adapters given, and exit",
+    )
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -150,11 +155,25 @@ def _holds_code(folder: Path) -> bool:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if _MENDED in config.stash:
         return _start_over(config, *config.stash[_MENDED])
-    if not config.getoption("--lora-list-checks"):
-        return None
-    from pytest_lora.report.text import check_list
+    if config.getoption("--lora-list-checks"):
+        from pytest_lora.report.text import check_list
 
-    print(check_list())
+        print(check_list())
+        return 0
+    return _init_profile(config) if config.getoption("--lora-init") else None
+
+
+def _init_profile(config: pytest.Config) -> int:
+    from pytest_lora.init_profile import write_profile
+    from pytest_lora.profile import FILE_NAME
+
+    with _as_usage_error():
+        run = _make_run(config)
+        path = run.start / (run.settings.profile or run.root / FILE_NAME)
+        if not run.locate():
+            raise UsageError("--lora-init: name the adapters to write a profile for")
+        write_profile(path, [run.adapter(name) for name in run.locate()])
+    print(f"wrote {path}")
     return 0
 
 

@@ -57,6 +57,7 @@ ROOMS = {
     "patterns": Room(1),
     "peft_tables": Room(1),
     "adapter": Room(1, frozenset({"safetensors"})),
+    "init_profile": Room(1),
     "numerics": Room(1, NUMBERS),
     "stats": Room(1, frozenset({"numpy"})),
     "report": Room(1),
