@@ -49,6 +49,7 @@ class Setting:
         per_adapter: may differ between adapters (profile sections).
         ini: type of the ini key, as pytest names it.
         path: a relative path in an ini file is meant relative to that file.
+        schema: JSON Schema of the profile key, for editors; only where ``per_adapter``.
     """
 
     help: str
@@ -59,6 +60,7 @@ class Setting:
     per_adapter: bool = False
     ini: str = "string"
     path: bool = False
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string", "minLength": 1})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,12 @@ def _limit(value: Any) -> float:
     return number
 
 
+_WORDS = {"type": ["string", "array"], "items": {"type": "string"}}
+_LIMIT = {"type": "number", "minimum": 0}
+_SEED = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
+_SEEDS = {"anyOf": [_SEED, {"type": "array", "items": _SEED, "minItems": 1}]}
+
+
 def _setting(default: Any, parse: Callable[[Any], Any], summary: str, **how: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(summary, parse, **how)})
 
@@ -189,6 +197,7 @@ class Settings:
         f"dtype to load the base model in: {', '.join(DTYPES)} (default: auto, the checkpoint's)",
         metavar="DTYPE",
         per_adapter=True,
+        schema={"enum": [*DTYPES, *_SHORT_DTYPES]},
     )
     checks: tuple[str, ...] = _setting(
         (),
@@ -208,6 +217,7 @@ class Settings:
         many=True,
         ini="linelist",
         per_adapter=True,
+        schema=_WORDS,
     )
     profile: str | None = _setting(
         None,
@@ -236,6 +246,7 @@ class Settings:
         "(default: fail)",
         metavar="WHAT",
         per_adapter=True,
+        schema={"enum": ["fail", "note"]},
     )
     scaling: float | None = _setting(
         None,
@@ -244,10 +255,17 @@ class Settings:
         "(default: reported, not judged)",
         metavar="SCALING",
         per_adapter=True,
+        schema=_LIMIT,
         ini="float",
     )
     safe_merge: bool = _setting(
-        False, _flag, "merge with PEFT's safe_merge", flag=True, per_adapter=True, ini="bool"
+        False,
+        _flag,
+        "merge with PEFT's safe_merge",
+        flag=True,
+        per_adapter=True,
+        schema={"type": "boolean"},
+        ini="bool",
     )
     cycles: int = _setting(
         3,
@@ -255,6 +273,7 @@ class Settings:
         "merge and unmerge cycles of unmerge_restoration (default: 3)",
         metavar="N",
         per_adapter=True,
+        schema={"type": "integer", "minimum": 1},
         ini="int",
     )
     hash_seeds: tuple[int, ...] = _setting(
@@ -263,6 +282,7 @@ class Settings:
         "values of PYTHONHASHSEED to reload the adapter under (default: 0)",
         metavar="SEEDS",
         per_adapter=True,
+        schema=_SEEDS,
     )
     process_timeout: int = _setting(
         600,
@@ -305,6 +325,7 @@ def _bound_setting(spec: CheckSpec) -> Setting:
         parse=_limit,
         metavar="LIMIT",
         per_adapter=True,
+        schema=_LIMIT,
         ini="float",
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pytest_lora
 from pytest_lora.errors import UsageError
 from pytest_lora.profile import Profile
 from pytest_lora.quantities import Floor
@@ -89,6 +91,28 @@ def test_a_broken_entry_is_refused_with_its_line(tmp_path: Path, text: str, mess
     with pytest.raises(UsageError, match=message) as caught:
         profile(tmp_path, text)
     assert str(tmp_path / "lora.toml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[sources.wiki]\npath = 'a'\nmax_drfit = 1",
+        "[sources.wiki]\nmax_drift = 1",
+        "[sources.wiki]\npath = 3",
+        '[sources."a b"]\npath = "x"',
+        "[defaults]\ncycles = 0",
+        '[adapters."*"]\nsafe_merge = "x"',
+        "[default]",
+    ],
+)
+def test_what_the_reader_refuses_an_editor_marks(tmp_path: Path, text: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(Path(pytest_lora.__file__).with_name("lora.schema.json").read_text())
+    with pytest.raises(UsageError):
+        profile(tmp_path, text)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tomllib.loads(text), schema)
+    jsonschema.validate(tomllib.loads(TEXT), schema)
 
 
 def test_an_entry_that_only_one_section_completes_is_told_when_it_is_asked_for(
