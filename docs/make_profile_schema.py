@@ -31,7 +31,7 @@ def schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": SCHEMA_URL,
         "title": "pytest-lora profile",
-        "description": "What adapters have to keep before they ship, read by pytest --lora-adapter.",
+        "description": "What adapters have to keep before they ship; pytest --lora-adapter reads it.",
         **_object(
             {
                 "defaults": {"description": "Settings of every adapter.", **_object(settings)},
@@ -59,7 +59,7 @@ def _entries(keys: Mapping[str, Key]) -> dict[str, Any]:
 
 def _optional(entries: dict[str, Any]) -> dict[str, Any]:
     """The same where another table may hold the rest."""
-    entry = {name: value for name, value in entries["additionalProperties"].items()}
+    entry = dict(entries["additionalProperties"])
     entry.pop("required", None)
     return {**entries, "additionalProperties": entry}
 
