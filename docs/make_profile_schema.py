@@ -31,7 +31,7 @@ def schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": SCHEMA_URL,
         "title": "pytest-lora profile",
-        "description": "What adapters have to keep before they ship; pytest --lora-adapter reads it.",
+        "description": "What adapters have to keep before they ship: read by pytest-lora.",
         **_object(
             {
                 "defaults": {"description": "Settings of every adapter.", **_object(settings)},
