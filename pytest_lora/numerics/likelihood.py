@@ -110,8 +110,9 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Never negative, which rounding may make of a token that is nearly certain."""
     chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return torch.logsumexp(logits, -1) - chosen
+    return (torch.logsumexp(logits, -1) - chosen).clamp_min_(0)
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
