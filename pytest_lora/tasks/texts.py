@@ -174,7 +174,7 @@ class _Reader:
 class _Strings(_Reader):
     """Documents in memory; a place's ``start`` is their number."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[Any]) -> None:
         self._texts = texts
 
     def documents(self) -> Iterator[tuple[_Place, str]]:
@@ -185,7 +185,8 @@ class _Strings(_Reader):
             yield _Place(number, number, number), _valid(text, f"texts[{number}]")
 
     def read(self, place: _Place) -> str:
-        return self._texts[place.start]
+        text: str = self._texts[place.start]
+        return text
 
     def label(self, name: str, line: int) -> str:
         return f"{name}[{line}]"
