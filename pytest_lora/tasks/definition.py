@@ -131,7 +131,7 @@ def define(
 
 def _positions(subject: Subject) -> int | None:
     """Tokens of text the model has positions for, those of an adapter's virtual tokens left off."""
-    config = getattr(subject.base.module, "config", None)
+    config: Any = getattr(subject.base.module, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
     virtual = subject.adapter.config.get("num_virtual_tokens")
@@ -154,7 +154,7 @@ def _prefix(tokenizer: Any, wanted: str | int | None) -> int | None:
 
 def _digest(tokenizer: Any) -> str:
     """Of the vocabulary and, for a tokenizer that has them as data, of all its rules."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
         rules = json.loads(backend.to_str())
         for key in ("padding", "truncation"):  # set by whoever used it last
