@@ -172,9 +172,12 @@ def encode(tokenizer: Any, texts: Sequence[str], definition: Definition) -> list
     return [list(map(int, ids)) for ids in found]
 
 
-def token_counts(tokenizer: Any, texts: Sequence[str], definition: Definition) -> Iterator[int]:
-    """How many tokens of each text will be scored, in order, some texts in memory at a time."""
+def token_counts(
+    tokenizer: Any, texts: Sequence[str], definition: Definition, numbers: range
+) -> Iterator[int]:
+    """How many tokens of the texts of those numbers will be scored, a few texts in memory."""
     given = 0 if definition.prefix is not None else 1
-    for start in range(0, len(texts), TEXTS_AT_A_TIME):
-        for ids in encode(tokenizer, texts[start : start + TEXTS_AT_A_TIME], definition):
+    for start in range(numbers.start, numbers.stop, TEXTS_AT_A_TIME):
+        block = texts[start : min(start + TEXTS_AT_A_TIME, numbers.stop)]
+        for ids in encode(tokenizer, block, definition):
             yield max(0, len(ids) - given)

@@ -84,11 +84,21 @@ class Likelihoods:
         packs = definition.packing and all(model.packs for model in models)
         if definition.packing and not packs:
             self.notes.append("the model does not keep documents in one row apart: one at a time")
-        if not all(model.body for model in models):
+        if not self.compares:
             self.notes.append("the model cannot be split before its head: run over its cache")
         self.definition = replace(definition, packing=packs)
         # The same for both, whatever is asked for: other rows, other rounding.
         self._base.rows = self._adapted.rows = min(model.rows for model in models)
+
+    @property
+    def compares(self) -> bool:
+        """Whether divergence and agreement can be had: both models split."""
+        return self._base.body is not None and self._adapted.body is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits at a time."""
+        return self._base.rows
 
     def _rows(self, vocabulary: int) -> int:
         cpu = self.subject.base.device.type == "cpu"
@@ -133,7 +143,7 @@ class Likelihoods:
     ) -> None:
         batch = Batch([window for _, window in group], self.subject.base.device)
         totals = [total for total, _ in group]
-        if divergence and base and adapted and self._base.body and self._adapted.body:
+        if divergence and base and adapted and self.compares:
             self._score_pair(batch, totals)
             return
         for wanted, model, name in (
