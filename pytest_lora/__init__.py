@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pytest_lora.checks.unmerge import (
         measure_unmerge_restoration as measure_unmerge_restoration,
     )
+    from pytest_lora.data import SourceDomain as SourceDomain
     from pytest_lora.errors import CannotRun as CannotRun
     from pytest_lora.errors import CheckFailed as CheckFailed
     from pytest_lora.errors import LoraError as LoraError
@@ -80,6 +81,7 @@ _HOMES = {
     "Outcome": "records",
     "Problem": "records",
     "Settings": "settings",
+    "SourceDomain": "data",
     "Subject": "subject",
     "UsageError": "errors",
     "assert_adapter_effect": "assertions",

@@ -15,6 +15,7 @@ checks that have a bound to move.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -323,7 +324,8 @@ def assert_perplexity_drift(
     Args:
         subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
         texts: a file, strings, or several of either by domain; each domain is held to the bound.
-        max_drift: the most by which the mean negative log-likelihood may rise, nats per token.
+        max_drift: the most by which the mean negative log-likelihood may rise, nats per token;
+            infinite for a report that only a drift that is no number fails.
         tokenizer: the base model's; None takes the one in its folder.
         options: as for :func:`~pytest_lora.checks.forgetting.measure_perplexity_drift`.
     """
@@ -333,15 +335,22 @@ def assert_perplexity_drift(
     limits = max_drift if isinstance(max_drift, Bound) else Bound.at_most(max_drift, "argument")
     if limits.high is None or limits.low is not None:
         raise UsageError("max_drift is an upper limit: a number of nats per token")
+    limit = limits.high if math.isfinite(limits.high) else None  # an infinite one: report only
     with _on(subject) as known:
         return _judge(
             "perplexity_drift",
             known.adapter.name,
             lambda: measure_perplexity_drift(
-                known, texts, tokenizer=tokenizer, max_drift=limits.high, **options
+                known, texts, tokenizer=tokenizer, max_drift=limit, **options
             ),
             limits,
+            part=_only_name(texts),
         )
+
+
+def _only_name(texts: Any) -> str:
+    """The name of a single domain that was given by name."""
+    return next(iter(texts)) if isinstance(texts, Mapping) and len(texts) == 1 else ""
 
 
 def _adapter(adapter: Adapter | Path | str) -> Adapter:
@@ -386,7 +395,7 @@ def _decide(
 
 
 def _judge(
-    check: str, adapter: str, measure: Callable[[], Measurement], limits: Bound
+    check: str, adapter: str, measure: Callable[[], Measurement], limits: Bound, *, part: str = ""
 ) -> Measurement:
     """Measure, judge, emit the result, and raise unless it passed."""
     __tracebackhide__ = True
@@ -394,11 +403,11 @@ def _judge(
     try:
         measurement = measure()
     except NotApplicable as reason:
-        emit(_undecided(check, adapter, Outcome.SKIPPED, str(reason), started))
+        emit(_undecided(check, adapter, Outcome.SKIPPED, str(reason), started, part))
         raise
     except CannotRun as reason:
         outcome = Outcome.SKIPPED if reason.missing else Outcome.ERROR
-        emit(_undecided(check, adapter, outcome, str(reason), started))
+        emit(_undecided(check, adapter, outcome, str(reason), started, part))
         raise
     outcome = limits.judge(measurement)
     result = CheckResult(
@@ -409,6 +418,7 @@ def _judge(
         measurement=measurement,
         bound=limits,
         seconds=time.perf_counter() - started,
+        part=part,
     )
     emit(result)
     if outcome is not Outcome.PASSED:
@@ -424,14 +434,18 @@ def _bound(check: str, bound: Bound | float | None) -> Bound:
         return bound
     if not spec.limit:
         return Bound.at_most(0, _BY_DEFINITION)
-    limit, origin = (spec.default or _NOTHING, "default") if bound is None else (bound, "argument")
+    if bound is not None:
+        limit, origin = bound, "argument"
+    else:
+        assert spec.default is not None, f"{check} is always given its bound"
+        limit, origin = spec.default, "default"
     if spec.limit == "at least":
-        return Bound.at_least(limit, origin)
-    return Bound.at_most(limit if bound is not None else spec.default, origin)
+        return Bound.at_least(limit or _NOTHING if bound is None else limit, origin)
+    return Bound.at_most(limit, origin)
 
 
 def _undecided(
-    check: str, adapter: str, outcome: Outcome, reason: str, started: float
+    check: str, adapter: str, outcome: Outcome, reason: str, started: float, part: str
 ) -> CheckResult:
     return CheckResult(
         check=check,
@@ -439,6 +453,7 @@ def _undecided(
         outcome=outcome,
         reason=reason,
         seconds=time.perf_counter() - started,
+        part=part,
     )
 
 

@@ -20,7 +20,7 @@ import pytest
 from pytest_lora import fixtures
 from pytest_lora._argv import join_values
 from pytest_lora.errors import CannotRun, CheckFailed, LoraError, NotApplicable, UsageError
-from pytest_lora.fixtures import RUN
+from pytest_lora.fixtures import PARTS, RUN
 from pytest_lora.settings import Layer, ini_name, option_name, table
 
 if TYPE_CHECKING:
@@ -277,7 +277,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         path for mark in metafunc.definition.iter_markers("lora_adapter") for path in mark.args
     ]
     names = marked or list(run.locate())
-    if names:
+    part = next((name for name in PARTS if name in metafunc.fixturenames), None)
+    if part is not None:
+        with _as_usage_error():
+            pairs = [
+                (name, entry.name) for name in names for entry in run.entries(PARTS[part], name)
+            ]
+        ids = [f"{name}:{entry}" for name, entry in pairs]
+        if pairs:
+            metafunc.parametrize(("lora_adapter", part), pairs, ids=ids, indirect=True)
+    elif names:
         metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
 
 

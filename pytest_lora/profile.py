@@ -124,12 +124,48 @@ SOURCE_KEYS: Mapping[str, Key] = {
         _STRING,
         required=True,
     ),
-    "field": _key("the field of .jsonl, .parquet and datasets that holds the text", _text, _STRING),
     "max_drift": _key(
         'the most the loss may grow: "0.05 nats" per token, or "5%" of the perplexity; without it '
         "the drift is reported",
         parse_drift,
         _QUANTITY,
+    ),
+    "max_document_drift": _key(
+        "what the drift of a single document is declared never to exceed, in nats per token; "
+        "without it a limit is screened from the first documents",
+        _number,
+        _NUMBER,
+    ),
+    "field": _key(
+        'the field of .jsonl, .parquet and datasets that holds the text (default: "text")',
+        _text,
+        _STRING,
+    ),
+    "documents": _key(
+        "what a document is in a .txt file: paragraphs between blank lines (the default), lines, "
+        "or the file",
+        _choice("paragraphs", "lines", "file"),
+        _one_of("paragraphs", "lines", "file"),
+    ),
+    "split": _key("the split of a saved dataset that has several", _text, _STRING),
+    "prefix": _key(
+        "what stands before a document's first token: auto (BOS, else EOS, else nothing; the "
+        "default), bos, eos or none",
+        _choice("auto", "bos", "eos", "none"),
+        _one_of("auto", "bos", "eos", "none"),
+    ),
+    "special_tokens": _key(
+        "let the tokenizer add its own special tokens (default: false)", _flag, _BOOLEAN
+    ),
+    "window": _key(
+        "tokens the model sees at a time (default: what it has positions for, at most 2048)",
+        _whole(1),
+        _count(1),
+    ),
+    "stride": _key(
+        "tokens that each window after the first scores (default: the whole window)",
+        _whole(1),
+        _count(1),
     ),
 }
 TASK_KEYS: Mapping[str, Key] = {

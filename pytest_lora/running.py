@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_lora.collection import spec_of
+from pytest_lora.collection import part_of, spec_of
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
 from pytest_lora.fixtures import RUN
 from pytest_lora.records import CheckResult, Outcome, collecting
@@ -101,7 +101,8 @@ def _ensure_result(
     spec, adapter = spec_of(item), adapter_name(item)
     if spec is None or adapter is None or any(result.check == spec.id for result in results):
         return
-    results.append(CheckResult(check=spec.id, adapter=adapter, outcome=outcome, reason=reason))
+    assert isinstance(item, pytest.Function)  # as every test of the suite
+    results.append(CheckResult(spec.id, adapter, outcome, reason, part=part_of(item)))
 
 
 def _hand_on(item: pytest.Item, phase: str, results: list[CheckResult]) -> None:

@@ -65,6 +65,7 @@ ROOMS = {
     "loading": Room(2, MODEL | {"huggingface_hub"}),
     "probe": Room(2, MODEL),
     "attach": Room(2, MODEL),
+    "data": Room(2, MODEL),
     "subject": Room(2, MODEL),
     "fresh": Room(2, MODEL),
     "_fresh_job": Room(2, MODEL),
