@@ -91,6 +91,8 @@ def collect_suite(
     for item in ordered:
         item.add_marker("lora")
     chosen = [item for item in ordered if run.settings.selected(_spec(item))]
+    for item in chosen:
+        run.require_data(_spec(item), _adapter_of(item))
     return chosen, [item for item in ordered if item not in chosen]
 
 

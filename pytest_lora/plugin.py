@@ -421,7 +421,7 @@ class _Collected:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         run = self.config.stash[RUN]
-        if _PLAN in self.config.stash:
+        if _PLAN in self.config.stash and not self.config.getoption("collectonly"):
             self.results += self.config.stash[_PLAN].not_run(self.results)
         self.results.sort(key=run.planned_order)
         if run.settings.report is not None and (self.results or run.settings.adapter):

@@ -183,6 +183,13 @@ class Run:
             raise UsageError(f"no [{kind}.{name}] for {adapter}; declared for it: {declared}")
         return known[name]
 
+    def require_data(self, spec: CheckSpec, adapter: str) -> None:
+        """Raise UsageError where data that a check is made for is not there."""
+        for entry in self.entries(spec.per, adapter) if spec.per else ():
+            path = entry.get("path")
+            if path is not None and not path.exists():
+                raise UsageError(f"{entry.origins['path']}: {path} is not there")
+
     def source(self, adapter: str, name: str, settings: Settings) -> SourceDomain:
         """A source domain of an adapter, open; the file is walked through once per run."""
         from pytest_lora.data import open_source
