@@ -352,9 +352,9 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     if not _is_ours(item):
         return (yield)
-    from pytest_lora.running import watch
+    from pytest_lora.running import showing_progress, watch
 
-    with watch(item, "call"):
+    with watch(item, "call"), showing_progress(item):
         return (yield)
 
 

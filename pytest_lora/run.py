@@ -198,7 +198,7 @@ class Run:
         key = json.dumps([adapter, name, sorted(settings.origins.items())])
         if key not in self._sources:
             bound = bound_for(settings, "perplexity_drift")
-            options = {**self.evaluation(adapter), "progress": self.progress}
+            options = self.evaluation(adapter)
             self._sources[key] = open_source(entry, otherwise=bound, evaluation=options)
         return self._sources[key]
 
@@ -220,7 +220,15 @@ class Run:
             "full": self.settings.full_eval,
             "seed": self.settings.order_seed,
             "cache": self.cache,
+            "progress": self.tell,
         }
+
+    def tell(
+        self, done: int, total: int, estimate: float | None, seconds_left: float | None
+    ) -> None:
+        """Hand on how far a long evaluation has come to whoever shows it at the moment."""
+        if self.progress is not None:
+            self.progress(done, total, estimate, seconds_left)
 
     @cached_property
     def cache(self) -> NllCache:

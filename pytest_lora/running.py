@@ -14,7 +14,7 @@ from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
 from pytest_lora.fixtures import RUN
 from pytest_lora.records import CheckResult, Outcome, collecting
 
-__all__ = ["PROPERTY", "skip_if_blocked", "watch"]
+__all__ = ["PROPERTY", "showing_progress", "skip_if_blocked", "watch"]
 
 PROPERTY = "pytest_lora"
 
@@ -64,6 +64,21 @@ def watch(item: pytest.Item, phase: str) -> Iterator[None]:
             raise
         finally:
             _hand_on(item, phase, results)
+
+
+@contextmanager
+def showing_progress(item: pytest.Item) -> Iterator[None]:
+    """Let long evaluations of this test show how far they have come, where somebody watches."""
+    from pytest_lora.progress import progress_line
+
+    run = item.config.stash[RUN]
+    line = run.progress = progress_line(item.config, item.name)
+    try:
+        yield
+    finally:
+        run.progress = None
+        if line is not None:
+            line.clear()
 
 
 def _translate(item: pytest.Item, error: Exception, results: list[CheckResult]) -> None:

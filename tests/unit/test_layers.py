@@ -85,6 +85,7 @@ ROOMS = {
     "suite": Room(5, frozenset({"pytest"})),
     "collection": Room(5, frozenset({"pytest"})),
     "distribution": Room(5, frozenset({"pytest", "xdist"})),
+    "progress": Room(5, frozenset({"pytest"})),
     "running": Room(5, frozenset({"pytest"})),
     "plugin": Room(6, frozenset({"pytest"})),
 }
