@@ -78,8 +78,8 @@ class SequentialMean:
         self.cap = None if cap is None else float(cap)
         self._values: list[float] = []
         self._sum = 0
-        self._low = Wealth(self.cap)
-        self._high = Wealth(None if self.floor is None else -self.floor)
+        self._low = Wealth(size, self.cap)
+        self._high = Wealth(size, None if self.floor is None else -self.floor)
         self._early: Verdict | None = None
         self._known: Verdict | None = None
         self._settle()
@@ -89,11 +89,10 @@ class SequentialMean:
         value, units = float(value), _units(value)
         if self.used == self.size:
             raise ValueError(f"the set has {self.size} items, and all of them were seen")
-        seen, mean = self.used, self.estimate if self.used else 0.0
-        left = self.size - seen
+        left = self.size - self.used
         expected = (self.size * _units(self.limit) - self._sum) / (left << UNIT)
-        self._low.bet(value, expected, seen=seen, mean=mean)
-        self._high.bet(-value, -expected, seen=seen, mean=-mean)
+        self._low.add(value, expected)
+        self._high.add(-value, -expected)
         self._values.append(value)
         self._sum += units
         self._settle()
@@ -230,11 +229,11 @@ class SequentialMean:
         left = self.size - self.used
         if wealth.declared and not wealth.above:
             return 0.0
-        if wealth.declared or not wealth.bets:
+        if wealth.declared or wealth.cap is None:
             return left / self.size
         k = wealth.above
         spent = self.alpha / ((k + 1) * (k + 2))
-        most = most_marked(k, self.size - self.used + wealth.bets, wealth.bets, spent)
+        most = most_marked(k, left + wealth.since, wealth.since, spent)
         return (most - k) / self.size
 
 
