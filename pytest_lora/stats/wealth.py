@@ -34,7 +34,15 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", float, "NDArray[np.float64]")
 
-__all__ = ["BETTORS", "DECLARED_START", "SCREENED", "Wealth", "log_wealth", "screened_cap"]
+__all__ = [
+    "BETTORS",
+    "DECLARED_START",
+    "SCREENED",
+    "Wealth",
+    "log_wealth",
+    "screened_cap",
+    "screened_caps",
+]
 
 BETTORS = (
     (0.05, 0.04),  # survives what the others do not
@@ -168,7 +176,7 @@ def log_wealth(
     values: NDArray[np.float64],
     limit: NDArray[np.float64],
     size: int,
-    cap: float | None = None,
+    cap: NDArray[np.float64] | float | None = None,
 ) -> NDArray[np.float64]:
     """Logarithm of the wealth after each value, for many sets or many limits at once.
 
@@ -176,7 +184,7 @@ def log_wealth(
         values: shape (..., n), the values in the order drawn.
         limit: shape (...), the limits under test; broadcast against the sets.
         size: number of items of each set, at least n.
-        cap: declared cap; None screens one.
+        cap: declared cap, broadcast against (..., n); None screens one.
 
     Returns:
         float64, of the broadcast shape (..., n); not the running maximum.
@@ -187,17 +195,10 @@ def log_wealth(
     differences = values - values[..., :1]
     total = _before(np.cumsum(differences, -1))
     squares = _before(np.cumsum(differences**2, -1))
-    expected = size * (limit[..., None] - values[..., :1]) - total
-    expected = values[..., :1] + expected / (size - seen)
+    expected = _expected(values, limit, size)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        if cap is None:
-            mean = values[..., :1] + total / seen
-            greatest = _before(np.maximum.accumulate(values, -1))
-            caps = np.maximum(mean + reach_of(seen) * (greatest - mean), 2 * expected - mean)
-            caps[..., :SCREENED] = -np.inf
-            reach = np.maximum.accumulate(caps, -1) - expected
-        else:
-            reach = cap - expected
+        caps = screened_caps(values, limit, size) if cap is None else cap
+        reach = caps - expected
         variance = (squares - total**2 / seen) / (seen - 1)
         unit = unit_stake(size, size - seen) / np.sqrt(np.maximum(variance, 0))
         most = np.minimum(BOLDEST / reach, RICHEST)
@@ -212,6 +213,32 @@ def log_wealth(
             path = np.cumsum(np.log1p(np.maximum(won, -1)), -1)
             wealth = np.logaddexp(wealth, path + math.log(part))
     return wealth
+
+
+def screened_caps(
+    values: NDArray[np.float64], limit: NDArray[np.float64], size: int
+) -> NDArray[np.float64]:
+    """The screened cap for each value, as in :class:`Wealth`; minus infinity before the first."""
+    import numpy as np
+
+    seen = np.maximum(np.arange(values.shape[-1], dtype=np.float64), 1)
+    mean = values[..., :1] + _before(np.cumsum(values - values[..., :1], -1)) / seen
+    greatest = _before(np.maximum.accumulate(values, -1))
+    expected = _expected(values, limit, size)
+    caps = np.maximum(mean + reach_of(seen) * (greatest - mean), 2 * expected - mean)
+    caps[..., :SCREENED] = -np.inf
+    return np.maximum.accumulate(caps, -1)
+
+
+def _expected(
+    values: NDArray[np.float64], limit: NDArray[np.float64], size: int
+) -> NDArray[np.float64]:
+    """What a set with a mean of ``limit`` leads to expect of each value, given those before it."""
+    import numpy as np
+
+    first = values[..., :1]
+    missing = size * (limit[..., None] - first) - _before(np.cumsum(values - first, -1))
+    return np.asarray(first + missing / (size - np.arange(values.shape[-1])))
 
 
 def _before(totals: NDArray[np.float64]) -> NDArray[np.float64]:
