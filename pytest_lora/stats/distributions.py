@@ -12,9 +12,12 @@ __all__ = [
     "binomial_cdf",
     "binomial_pmf",
     "hypergeometric_cdf",
+    "log_beta",
     "log_comb",
     "most_marked",
+    "normal_cdf",
     "normal_quantile",
+    "root",
     "t_cdf",
     "t_quantile",
 ]
@@ -23,6 +26,16 @@ __all__ = [
 def normal_quantile(p: float) -> float:
     """Where the standard normal distribution function is ``p``."""
     return NormalDist().inv_cdf(p)
+
+
+def normal_cdf(z: float) -> float:
+    """Standard normal distribution function."""
+    return math.erfc(-z / math.sqrt(2)) / 2
+
+
+def log_beta(a: float, b: float) -> float:
+    """Logarithm of the beta function."""
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
 def log_comb(n: int, k: int) -> float:
@@ -42,8 +55,7 @@ def beta_cdf(x: float, a: float, b: float) -> float:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):
         return 1 - beta_cdf(1 - x, b, a)
-    log_front = a * math.log(x) + b * math.log1p(-x)
-    log_front += math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    log_front = a * math.log(x) + b * math.log1p(-x) - log_beta(a, b)
     return math.exp(log_front) / a / _beta_fraction(x, a, b)
 
 
@@ -67,11 +79,11 @@ def _beta_fraction(x: float, a: float, b: float) -> float:
 
 def beta_quantile(p: float, a: float, b: float) -> float:
     """Where :func:`beta_cdf` is ``p``, by bisection to the last bit."""
-    return _root(lambda x: beta_cdf(x, a, b) < p, 0.0, 1.0)
+    return root(lambda x: beta_cdf(x, a, b) < p, 0.0, 1.0)
 
 
-def _root(below: Callable[[float], bool], low: float, high: float) -> float:
-    """Where ``below`` turns false, between ``low`` and ``high``."""
+def root(below: Callable[[float], bool], low: float, high: float) -> float:
+    """Where ``below`` turns false, between ``low`` and ``high``, by bisection to the last bit."""
     while True:
         middle = (low + high) / 2
         if not low < middle < high:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from pytest_lora.stats.distributions import (
     beta_quantile,
+    log_beta,
     log_comb,
     most_marked,
     normal_quantile,
@@ -134,13 +135,15 @@ class SequentialProportion:
 
     * the rest of the set cannot change it (certain, with no error), or
     * a martingale against the other answer has reached ``1 / alpha``.  Under "K items of the set
-      pass", any probability of the sequence so far, divided by the true one, is a martingale; here
-      the former is a mixture over all K, with which ``s`` passes among ``n`` have a chance of
-      ``1 / ((n + 1) C(n, s))``, and the latter is ``C(N - n, K - s) / C(N, K)``.  Against "fewer
-      than the floor asks for" the least of these ratios counts.  (I. Waudby-Smith and A. Ramdas,
-      *Confidence sequences for sampling without replacement*, NeurIPS 2020: prior-posterior ratio.)
+      pass", any probability of the sequence so far, divided by the true one, is a martingale.  The
+      true one is ``C(N - n, K - s) / C(N, K)`` for ``s`` passes among ``n``; the other is that of a
+      beta-binomial K, ``B(s + a, n - s + b) / B(a, b)``.  Against "fewer than the floor asks for"
+      the least of these ratios counts.  (I. Waudby-Smith and A. Ramdas, *Confidence sequences for
+      sampling without replacement*, NeurIPS 2020: the prior-posterior ratio.)
 
-    Both are functions of the counts alone, exact for every set: nothing is assumed.
+    Both are functions of the counts alone and exact for every set: nothing is assumed.  The prior
+    decides how soon a verdict comes, not whether it is right; it lies around the floor, as wide as
+    the margins that take about half of the set.
 
     Args:
         size: number of items in the set.
@@ -158,6 +161,7 @@ class SequentialProportion:
         self.size, self.floor, self.alpha = size, float(floor), alpha
         self.needed = _needed(size, floor)
         self.used = self.successes = 0
+        self._prior = (size * floor / 30 + 0.5, size * (1 - floor) / 30 + 0.5)
         self._log_at_least = self._log_below = 0.0
         self._early: Verdict | None = None
 
@@ -192,7 +196,8 @@ class SequentialProportion:
         if not s <= passing <= self.size - (n - s):
             return math.inf  # the items seen refute every such set
         log_true = log_comb(self.size - n, passing - s) - log_comb(self.size, passing)
-        return -math.log(n + 1) - log_comb(n, s) - log_true
+        a, b = self._prior
+        return log_beta(s + a, n - s + b) - log_beta(a, b) - log_true
 
     @property
     def _known(self) -> Verdict | None:
