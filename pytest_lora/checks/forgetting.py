@@ -280,8 +280,9 @@ class _Domain:
 
     @property
     def _decided(self) -> bool:
+        """At least one document is looked at, also where the base alone decides."""
         known = self.sequential is not None and self.sequential.verdict is not None
-        return known or self.broken is not None
+        return self.seen.documents > 0 and (known or self.broken is not None)
 
     def _compares(self, number: int) -> bool:
         """Whether the first documents, on which KL and agreement are taken, reach this batch."""
