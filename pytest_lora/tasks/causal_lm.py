@@ -30,6 +30,7 @@ from pytest_lora.numerics.likelihood import token_nll
 from pytest_lora.numerics.monte_carlo import rounding_noise
 from pytest_lora.numerics.streaming import intercepted
 from pytest_lora.probe import output_of
+from pytest_lora.structure import Structure
 from pytest_lora.tasks.definition import Window
 
 if TYPE_CHECKING:
@@ -277,9 +278,16 @@ class CausalModel:
 class BaseModelAlone(CausalModel):
     """The untouched base model."""
 
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self._attached: tuple[Any, Structure] | None = None
+
     def active(self) -> contextlib.AbstractContextManager[object]:
-        """Modules as they were loaded."""
-        return self.subject.base.bare()
+        """Modules as they were loaded; those of the attached model are noted once."""
+        model = self.subject.model
+        if self._attached is None or self._attached[0] is not model:
+            self._attached = model, Structure(self.subject.base.module)
+        return self.subject.base.bare(self._attached[1])
 
     @property
     def outer(self) -> Any:
