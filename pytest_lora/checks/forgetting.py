@@ -89,7 +89,8 @@ def measure_perplexity_drift(
             many of the others could lie beyond it unseen.
         alpha: error rate of a verdict before the last document.
         full: evaluate everything although there is a bound.
-        divergence: documents on which KL divergence and agreement are taken; 0 for none.
+        divergence: KL divergence and agreement are taken on that many of the documents seen; 0 for
+            none.  They need both models at once, and so the base again where it was cached.
         prefix: what stands before the first token, as in ``tasks.definition.define``.
         special_tokens: let the tokenizer add its own.
         window: tokens seen at a time.
@@ -294,9 +295,7 @@ class _Domain:
         largest = 0.0
         longest = 0
         for number in range(len(self.collection.batches)):
-            documents, computed = self._evaluation.batch(
-                number, base=True, divergence=self._compares(number)
-            )
+            documents, computed = self._evaluation.batch(number, base=True)
             largest = max(largest, *(_finite_base(document) for document in documents))
             longest = max(longest, *(document.tokens for document in documents))
             pace.step(len(documents), computed=computed)
