@@ -15,7 +15,7 @@ from enum import StrEnum
 from pytest_lora.stats.distributions import most_marked
 from pytest_lora.stats.wealth import Wealth, log_wealth
 
-__all__ = ["SequentialMean", "Verdict"]
+__all__ = ["SequentialMean", "Verdict", "unseen_level"]
 
 LARGEST = 1e100
 """Greater values are refused: nothing below can overflow."""
@@ -50,6 +50,8 @@ class SequentialMean:
         limit: what the mean is compared with.
         alpha: probability of a wrong verdict before the last item, for each of the two.
         floor, cap: what no item is below, and none above.
+        max_unseen: no verdict while a larger share of the set may lie unseen beyond the screened
+            cap or floor that it rests on.
 
     Raises:
         ValueError: for numbers that cannot be meant, and for more than ``size`` items.
@@ -63,6 +65,7 @@ class SequentialMean:
         alpha: float,
         floor: float | None = None,
         cap: float | None = None,
+        max_unseen: float = 1.0,
     ) -> None:
         if size < 1:
             raise ValueError(f"a set of {size} items has no mean")
@@ -71,15 +74,17 @@ class SequentialMean:
         for bound in (limit, floor, cap):
             if bound is not None:
                 _units(bound)
+        if not 0 <= max_unseen <= 1:
+            raise ValueError(f"a share of the set is between 0 and 1, not {max_unseen}")
         if floor is not None and cap is not None and floor > cap:
             raise ValueError(f"nothing is both at least {floor} and at most {cap}")
-        self.size, self.limit, self.alpha = size, float(limit), alpha
+        self.size, self.limit, self.alpha, self.max_unseen = size, float(limit), alpha, max_unseen
         self.floor = None if floor is None else float(floor)
         self.cap = None if cap is None else float(cap)
         self._values: list[float] = []
         self._sum = 0
-        self._low = Wealth(self.cap)
-        self._high = Wealth(None if self.floor is None else -self.floor)
+        self._low = Wealth(size, self.cap)
+        self._high = Wealth(size, None if self.floor is None else -self.floor)
         self._early: Verdict | None = None
         self._known: Verdict | None = None
         self._settle()
@@ -89,11 +94,10 @@ class SequentialMean:
         value, units = float(value), _units(value)
         if self.used == self.size:
             raise ValueError(f"the set has {self.size} items, and all of them were seen")
-        seen, mean = self.used, self.estimate if self.used else 0.0
-        left = self.size - seen
+        left = self.size - self.used
         expected = (self.size * _units(self.limit) - self._sum) / (left << UNIT)
-        self._low.bet(value, expected, seen=seen, mean=mean)
-        self._high.bet(-value, -expected, seen=seen, mean=-mean)
+        self._low.add(value, expected)
+        self._high.add(-value, -expected)
         self._values.append(value)
         self._sum += units
         self._settle()
@@ -106,10 +110,14 @@ class SequentialMean:
     def _settle(self) -> None:
         self._known = self._certainty()
         if self._early is None:
-            if self.p_at_most <= self.alpha:
+            if self._decides(self._low):
                 self._early = Verdict.AT_MOST
-            elif self.p_above <= self.alpha:
+            elif self._decides(self._high):
                 self._early = Verdict.ABOVE
+
+    def _decides(self, wealth: Wealth) -> bool:
+        enough = math.exp(-wealth.log_best) <= self.alpha
+        return enough and self._unseen(wealth) <= self.max_unseen
 
     def _certainty(self) -> Verdict | None:
         """The verdict that no completion of the set could change."""
@@ -222,20 +230,26 @@ class SequentialMean:
     def _unseen(self, wealth: Wealth) -> float:
         """Largest share of the set that may lie beyond the cap among the items not seen.
 
-        The items after the screening are a random sample of those that were left then.  A bound
-        for ``k`` items seen beyond the cap that errs with probability ``alpha / ((k + 1)(k + 2))``
-        holds at every time: to be wrong at any, the sample must show at most ``k`` at the first
-        size at which the bound is too low, which is one event per ``k``, and these sum to alpha.
+        The items after the screening are a random sample of those that were left then.
         """
         left = self.size - self.used
         if wealth.declared and not wealth.above:
             return 0.0
-        if wealth.declared or not wealth.bets:
+        if wealth.declared or wealth.cap is None:
             return left / self.size
         k = wealth.above
-        spent = self.alpha / ((k + 1) * (k + 2))
-        most = most_marked(k, self.size - self.used + wealth.bets, wealth.bets, spent)
-        return (most - k) / self.size
+        spent = unseen_level(self.alpha, k)
+        return (most_marked(k, left + wealth.since, wealth.since, spent) - k) / self.size
+
+
+def unseen_level(alpha: float, k: int) -> float:
+    """The error allowed to a bound on what is unseen, after ``k`` items seen beyond the cap.
+
+    Such bounds then hold at every time at once.  To be wrong at any with ``k`` seen, a set must
+    have shown at most ``k`` by the first size of sample at which the bound is below what it holds:
+    one event for each ``k``, with a chance of ``alpha / ((k + 1)(k + 2))``, and these sum to alpha.
+    """
+    return alpha / ((k + 1) * (k + 2))
 
 
 def _units(value: float) -> int:
