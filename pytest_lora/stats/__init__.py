@@ -1,0 +1,1 @@
+"""Verdicts on data with a stated error rate.  Nothing is imported here."""
