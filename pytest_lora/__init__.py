@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_merge_equivalence as assert_merge_equivalence
     from pytest_lora.assertions import assert_merged_reload as assert_merged_reload
     from pytest_lora.assertions import assert_padding_invariance as assert_padding_invariance
+    from pytest_lora.assertions import assert_perplexity_drift as assert_perplexity_drift
     from pytest_lora.assertions import assert_requires_grad as assert_requires_grad
     from pytest_lora.assertions import assert_save_reload as assert_save_reload
     from pytest_lora.assertions import assert_serving_profile as assert_serving_profile
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from pytest_lora.checks.effect import measure_adapter_effect as measure_adapter_effect
     from pytest_lora.checks.files import measure_adapter_files as measure_adapter_files
     from pytest_lora.checks.finite import measure_finite_weights as measure_finite_weights
+    from pytest_lora.checks.forgetting import (
+        measure_perplexity_drift as measure_perplexity_drift,
+    )
     from pytest_lora.checks.frozen import measure_frozen_weights as measure_frozen_weights
     from pytest_lora.checks.merge import measure_merge_equivalence as measure_merge_equivalence
     from pytest_lora.checks.padding import measure_padding_invariance as measure_padding_invariance
@@ -89,6 +93,7 @@ _HOMES = {
     "assert_merge_equivalence": "assertions",
     "assert_merged_reload": "assertions",
     "assert_padding_invariance": "assertions",
+    "assert_perplexity_drift": "assertions",
     "assert_requires_grad": "assertions",
     "assert_save_reload": "assertions",
     "assert_serving_profile": "assertions",
@@ -104,6 +109,7 @@ _HOMES = {
     "measure_merge_equivalence": "checks.merge",
     "measure_merged_reload": "checks.reload",
     "measure_padding_invariance": "checks.padding",
+    "measure_perplexity_drift": "checks.forgetting",
     "measure_requires_grad": "checks.trainable",
     "measure_save_reload": "checks.reload",
     "measure_serving_profile": "checks.serving",

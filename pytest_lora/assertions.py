@@ -14,8 +14,9 @@ checks that have a bound to move.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "assert_merge_equivalence",
     "assert_merged_reload",
     "assert_padding_invariance",
+    "assert_perplexity_drift",
     "assert_requires_grad",
     "assert_save_reload",
     "assert_serving_profile",
@@ -70,6 +72,8 @@ _ADVICE = {
     "version",
     "padding_invariance": "check attention_mask handling of the adapted modules; evaluate "
     "unpadded until it is mended",
+    "perplexity_drift": "train fewer steps or at a lower learning rate, mix in texts of the source "
+    "domain, or accept the loss with a larger bound",
     "base_compatibility": "give the base model the adapter was trained on: --lora-base-model=PATH",
 }
 
@@ -306,6 +310,40 @@ def assert_merged_reload(
     return _on_subject("merged_reload", subject, None, measure, bound)
 
 
+def assert_perplexity_drift(
+    subject: Subject | torch.nn.Module,
+    texts: Any,
+    *,
+    max_drift: Bound | float,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Measurement:
+    """The adapter predicts the texts no worse than the base model does, but for ``max_drift``.
+
+    Args:
+        subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
+        texts: a file, strings, or several of either by domain; each domain is held to the bound.
+        max_drift: the most by which the mean negative log-likelihood may rise, nats per token.
+        tokenizer: the base model's; None takes the one in its folder.
+        options: as for :func:`~pytest_lora.checks.forgetting.measure_perplexity_drift`.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.forgetting import measure_perplexity_drift
+
+    limits = max_drift if isinstance(max_drift, Bound) else Bound.at_most(max_drift, "argument")
+    if limits.high is None or limits.low is not None:
+        raise UsageError("max_drift is an upper limit: a number of nats per token")
+    with _on(subject) as known:
+        return _judge(
+            "perplexity_drift",
+            known.adapter.name,
+            lambda: measure_perplexity_drift(
+                known, texts, tokenizer=tokenizer, max_drift=limits.high, **options
+            ),
+            limits,
+        )
+
+
 def _adapter(adapter: Adapter | Path | str) -> Adapter:
     return adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
 
@@ -318,13 +356,21 @@ def _on_subject(
     bound: Bound | float | None = None,
 ) -> Measurement:
     __tracebackhide__ = True
+    with _on(subject, inputs) as known:
+        return _decide(check, known.adapter.name, lambda: measure(known), bound)
+
+
+@contextlib.contextmanager
+def _on(subject: Any, inputs: Mapping[str, torch.Tensor] | None = None) -> Iterator[Subject]:
+    """The subject itself, or the one a live model is lent to for a while."""
     from pytest_lora.subject import Subject
 
     if isinstance(subject, Subject):
-        return _decide(check, subject.adapter.name, lambda: measure(subject), bound)
+        yield subject
+        return
     borrowed = Subject.from_model(subject, inputs=inputs)
     try:
-        return _decide(check, borrowed.adapter.name, lambda: measure(borrowed), bound)
+        yield borrowed
     finally:
         borrowed.release()
 
@@ -335,9 +381,15 @@ def _decide(
     measure: Callable[[], Measurement],
     bound: Bound | float | None = None,
 ) -> Measurement:
+    __tracebackhide__ = True
+    return _judge(check, adapter, measure, _bound(check, bound))
+
+
+def _judge(
+    check: str, adapter: str, measure: Callable[[], Measurement], limits: Bound
+) -> Measurement:
     """Measure, judge, emit the result, and raise unless it passed."""
     __tracebackhide__ = True
-    limits = _bound(check, bound)
     started = time.perf_counter()
     try:
         measurement = measure()

@@ -77,10 +77,10 @@ def collect_suite(
     for name in run.locate():
         if not any(_adapter_of(item) == name for item in items):
             raise UsageError(f"no check was collected for the adapter {name}")
-    bases = {name: _base_of(run, name) for name in run.locate()}
+    bases = {name: run.base_name(name) for name in run.locate()}
     ordered = sorted(items, key=lambda item: _order(item, list(bases), list(bases.values())))
     for item in ordered:
-        _mark(item, bases)
+        item.add_marker("lora")
     chosen = [item for item in ordered if run.settings.selected(_spec(item))]
     return chosen, [item for item in ordered if item not in chosen]
 
@@ -106,11 +106,6 @@ def _adapter_of(item: pytest.Function) -> str:
     return str(item.callspec.params["lora_adapter"])
 
 
-def _base_of(run: Run, adapter: str) -> str:
-    settings = run.settings_for(adapter)
-    return settings.base_model or run.adapter(adapter).base_model or ""
-
-
 def _order(item: pytest.Function, names: list[str], bases: list[str]) -> tuple[int, ...]:
     """Cheap checks over all adapters first, then adapter by adapter, base by base."""
     spec = _spec(item)
@@ -119,10 +114,3 @@ def _order(item: pytest.Function, names: list[str], bases: list[str]) -> tuple[i
     if spec.need <= Need.BASE:
         return (spec.need, adapter, position)
     return (Need.WEIGHTS, bases.index(bases[adapter]), adapter, position)
-
-
-def _mark(item: pytest.Function, bases: dict[str, str]) -> None:
-    item.add_marker("lora")
-    if _spec(item).need > Need.FILES and item.config.pluginmanager.hasplugin("xdist"):
-        # With --dist loadgroup a base model is loaded by one worker only.
-        item.add_marker(pytest.mark.xdist_group(bases[_adapter_of(item)] or _adapter_of(item)))

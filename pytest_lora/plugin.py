@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini(ini_name(name), setting.help, type=setting.ini, default=None)  # type: ignore[arg-type]
     group.addoption(
         "--lora-list-checks", action="store_true", help="list the checks of the suite and exit"
+    )
+    group.addoption(
+        "--lora-init",
+        action="store_true",
+        help="write a commented lora.toml for the adapters given, and exit",
     )
 
 
@@ -149,11 +155,25 @@ def _holds_code(folder: Path) -> bool:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if _MENDED in config.stash:
         return _start_over(config, *config.stash[_MENDED])
-    if not config.getoption("--lora-list-checks"):
-        return None
-    from pytest_lora.report.text import check_list
+    if config.getoption("--lora-list-checks"):
+        from pytest_lora.report.text import check_list
 
-    print(check_list())
+        print(check_list())
+        return 0
+    return _init_profile(config) if config.getoption("--lora-init") else None
+
+
+def _init_profile(config: pytest.Config) -> int:
+    from pytest_lora.init_profile import write_profile
+    from pytest_lora.profile import FILE_NAME
+
+    with _as_usage_error():
+        run = _make_run(config)
+        path = run.start / (run.settings.profile or run.root / FILE_NAME)
+        if not run.locate():
+            raise UsageError("--lora-init: name the adapters to write a profile for")
+        write_profile(path, [run.adapter(name) for name in run.locate()])
+    print(f"wrote {path}")
     return 0
 
 
@@ -293,6 +313,16 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
         from pytest_lora.collection import SuitePlan
 
         config.stash[_PLAN] = SuitePlan.of(ids)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    run = config.stash[RUN]
+    if config.getvalue("dist") != "loadgroup" or not run.settings.adapter:
+        return None
+    from pytest_lora.distribution import GroupByBase, base_of
+
+    return GroupByBase(config, log, partial(base_of, run))
 
 
 # ---------------------------------------------------------------------------------------- running

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,20 +17,14 @@ from typing import TYPE_CHECKING
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, find_check
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
 from pytest_lora.records import Bound, CheckResult, Outcome, collecting
-from pytest_lora.settings import (
-    Layer,
-    Profile,
-    Settings,
-    bound_for,
-    require_per_adapter,
-    resolve,
-)
+from pytest_lora.settings import Layer, Settings, bound_for, require_per_adapter, resolve
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_lora.adapter import Adapter
     from pytest_lora.locate import AdapterLocation
+    from pytest_lora.profile import Profile
     from pytest_lora.subject import BaseModel, BasePool, Subject
 
 __all__ = ["MODEL_LIBRARIES", "Run", "missing_libraries", "versions"]
@@ -71,7 +66,6 @@ class Run:
     start: Path
     root: Path
     settings: Settings = field(init=False)
-    profile: Profile | None = field(init=False)
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     _given: tuple[str, ...] = ()
     _locations: dict[str, AdapterLocation] = field(default_factory=dict)
@@ -82,8 +76,19 @@ class Run:
 
     def __post_init__(self) -> None:
         self.settings = resolve(self.layers)
-        path = self.settings.profile
-        self.profile = Profile.read(self.start / path) if path else None
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The profile the settings name, else ``lora.toml`` in the root directory, if it is there.
+
+        Raises:
+            UsageError: it cannot be read, or says something no profile can.
+        """
+        from pytest_lora.profile import FILE_NAME, Profile
+
+        named = self.settings.profile
+        path = self.start / named if named else self.root / FILE_NAME
+        return Profile.read(path) if named or path.is_file() else None
 
     def locate(self) -> tuple[str, ...]:
         """Find every adapter the settings name; returns their names in order.
@@ -146,6 +151,11 @@ class Run:
         """The bounds the user set, by check."""
         bounds = {check: bound_for(settings, check) for check in settings.bounds}
         return {check: bound for check, bound in bounds.items() if bound is not None}
+
+    def base_name(self, adapter: str) -> str:
+        """What the base model of an adapter is called: what a run sorts and groups its tests by."""
+        named = self.settings_for(adapter).base_model or self.adapter(adapter).base_model
+        return named or adapter
 
     def base_source(self, adapter: Adapter, settings: Settings) -> Path:
         """Directory of the adapter's base model; see :func:`pytest_lora.loading.resolve_base`."""

@@ -8,16 +8,9 @@ order.
 
 *Shapes.*  A row alone and the same row padded, on either side, or among others, goes through
 kernels that add in another order, so rounding differs.  What the model at hand can make of that is
-measured on itself, by Monte Carlo arithmetic (D. S. Parker, "Monte Carlo Arithmetic", 1997): noise
-of the size of the rounding that reordering can change is added to what enters and leaves every
-module with parameters, and the row's output moves by its root mean square, the *rounding bound*.
-
-The noise: a product of k terms summed one after the other in unit roundoff u is off by a random
-walk of k steps, sqrt(k/2) u/sqrt(3) of the result's RMS (sqrt(k)/3 u where the terms have one
-sign), and two orders differ by sqrt(2) times that at most; sqrt(k) u of the RMS, normal, covers it
-(N. J. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019).  Rounding
-a result to the tensor's format can come out one ulp apart, 2 u of each value.  Blocked and pairwise
-sums, which real kernels use, are off by less.
+measured on itself, by Monte Carlo arithmetic (:mod:`pytest_lora.numerics.monte_carlo`): rounding
+noise is added to what enters and leaves every module with parameters, and the row's output moves by
+its root mean square, the *rounding bound*.
 
 Where tokens are routed to experts, rounding can tip a decision and the batch decides the shape of
 each expert's product: there the median position is judged, and contents are not.
