@@ -8,7 +8,7 @@ remote code is never trusted.
 from __future__ import annotations
 
 import copy
-import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.loading import load_tokenizer, one_line, quiet
+from pytest_lora.stats.order import seeded_order
 
 if TYPE_CHECKING:
     from pytest_lora.subject import Subject
     from pytest_lora.tasks.records import Task, TaskItem
 
-__all__ = ["Prompter", "TaskTokenizer", "seeded_choice", "task_tokenizer"]
+__all__ = ["Prompter", "TaskTokenizer", "task_tokenizer"]
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -168,7 +169,7 @@ class Prompter:
     def __init__(self, task: Task, tokens: TaskTokenizer) -> None:
         self.task, self.tokens = task, tokens
         self._pool = task.items if task.pool is None else task.pool
-        self._drawn = seeded_choice(len(self._pool), task.shots + 1, SEED) if task.shots else ()
+        self._drawn = seeded_order(len(self._pool), SEED) if task.shots else []
 
     def examples(self, index: int) -> tuple[TaskItem, ...]:
         """The worked examples shown with item ``index``: always the same ones, never itself.
@@ -178,16 +179,14 @@ class Prompter:
         own = self.task.items[index]
         if not self.task.shots:
             return ()
-        fit = [self._pool[i] for i in self._drawn if not _same(self._pool[i], own)]
-        if len(fit) < self.task.shots:
-            order = seeded_choice(len(self._pool), len(self._pool), SEED)
-            fit = [self._pool[i] for i in order if not _same(self._pool[i], own)]
+        others = (self._pool[i] for i in self._drawn if not _same(self._pool[i], own))
+        fit = tuple(itertools.islice(others, self.task.shots))
         if len(fit) < self.task.shots:
             raise UsageError(
                 f"task {self.task.name}, item {own.id}: only {len(fit)} other items to show,"
                 f" {self.task.shots} asked for"
             )
-        return tuple(fit[: self.task.shots])
+        return fit
 
     def prompt(self, index: int) -> str:
         """What the model is shown for item ``index``."""
@@ -262,14 +261,3 @@ def _asked(item: TaskItem) -> str:
 
 def _same(one: TaskItem, other: TaskItem) -> bool:
     return one is other or one.prompt == other.prompt
-
-
-def seeded_choice(size: int, count: int, seed: int) -> tuple[int, ...]:
-    """``count`` of the numbers below ``size``, in an order that only the seed decides.
-
-    By the SHA-256 of seed and number, so that no library's generator has a say.
-    """
-    keyed = sorted(
-        range(size), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode("ascii")).digest()
-    )
-    return tuple(keyed[:count])
