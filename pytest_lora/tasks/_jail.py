@@ -254,8 +254,12 @@ def _show(root: str, path: str) -> None:
 def _locked(path: str) -> int:
     """Flags of a mount that a user namespace may not take away."""
     now = os.statvfs(path).f_flag
-    pairs = ((os.ST_NOEXEC, _MS_NOEXEC), (os.ST_NOATIME, _MS_NOATIME))
-    pairs += ((os.ST_NODIRATIME, _MS_NODIRATIME), (os.ST_RELATIME, _MS_RELATIME))
+    pairs = (
+        (os.ST_NOEXEC, _MS_NOEXEC),
+        (os.ST_NOATIME, _MS_NOATIME),
+        (os.ST_NODIRATIME, _MS_NODIRATIME),
+        (os.ST_RELATIME, _MS_RELATIME),
+    )
     return sum(flag for seen, flag in pairs if now & seen)
 
 

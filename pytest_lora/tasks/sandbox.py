@@ -1,11 +1,11 @@
 """One untrusted Python program in a process of its own, under limits and, where the system has
 them, behind namespaces.
 
-What holds where is written in docs/code-execution.md.  In short: everywhere but on Windows, limits on
-CPU, memory, file size, processes and time, an empty folder, an empty environment, bounded output,
-no network where namespaces are to be had, and nothing left running.  As root, or where users may
-make namespaces, the program also sees no other process and no file but Python's own, and all it
-writes is gone with it.
+What holds where is written in docs/code-execution.md.  In short: everywhere but on Windows, limits
+on CPU, memory, file size, processes and time, an empty folder, an empty environment, bounded output
+and nothing left running.  As root on Linux, or where users may make namespaces, the program also
+has no network, sees no other process and no file but Python's own, and all it writes is gone with
+it.
 
 The standard library is all a program gets: no package of this environment is importable.
 """
@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from pytest_lora.errors import CannotRun, UsageError
 
@@ -197,10 +197,9 @@ class Process:
             env={},
             start_new_session=True,
         )
-        assert self._supervisor.stdin is not None
         job = _job(home, self.limits, self.isolation.plan) | {"channels": list(channels)}
         with contextlib.suppress(BrokenPipeError):  # it has ended, and wait says why
-            self._supervisor.stdin.write(json.dumps(job).encode() + b"\n")
+            _pipe_of(self._supervisor.stdin).write(json.dumps(job).encode() + b"\n")
 
     def __enter__(self) -> Process:
         return self
@@ -216,8 +215,7 @@ class Process:
     def kill(self) -> None:
         """End the program, if it still runs, and remove what it left."""
         process = self._supervisor
-        assert process.stdin is not None
-        process.stdin.close()  # what its supervisor takes for our end, and obeys
+        _pipe_of(process.stdin).close()  # what its supervisor takes for our end, and obeys
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
@@ -227,6 +225,14 @@ class Process:
             if pipe is not None:
                 pipe.close()
         self._home.cleanup()
+
+    def stop(self, patience: float = 0.0) -> SandboxResult:
+        """Give it ``patience`` seconds to end, then end it; the result is that of :meth:`wait`."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(_pipe_of(self._supervisor.stderr), selectors.EVENT_READ)
+            if not selector.select(patience):
+                _pipe_of(self._supervisor.stdin).close()
+        return self.wait()
 
     def wait(self) -> SandboxResult:
         """Wait for its end.
@@ -248,6 +254,11 @@ class Process:
             seconds=float(report["seconds"]),
             isolation=self.isolation,
         )
+
+
+def _pipe_of(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None
+    return stream
 
 
 class _Tail:
@@ -276,17 +287,17 @@ def _drain(process: subprocess.Popen[bytes], seconds: float, most: int) -> tuple
         # The report comes when the program has ended, and with it all it has printed.
         while process.stderr in selector.get_map() and time.monotonic() < deadline:
             for key, _ in selector.select(deadline - time.monotonic()):
-                _take(selector, key.fileobj, key.data)
+                _take(selector, key.fd, key.data)
         if process.stdout is not None and process.stdout in selector.get_map():
-            while _take(selector, process.stdout, printed):
+            while _take(selector, process.stdout.fileno(), printed):
                 pass
     return printed, told
 
 
-def _take(selector: selectors.BaseSelector, pipe: IO[bytes], into: _Tail) -> bool:
+def _take(selector: selectors.BaseSelector, pipe: int, into: _Tail) -> bool:
     """Read what is there; False at the end, or where nothing is."""
     try:
-        data = os.read(pipe.fileno(), 1 << 16)
+        data = os.read(pipe, 1 << 16)
     except BlockingIOError:
         return False
     if not data:
@@ -296,16 +307,15 @@ def _take(selector: selectors.BaseSelector, pipe: IO[bytes], into: _Tail) -> boo
     return True
 
 
-def _report(told: _Tail, code: int) -> Mapping[str, float]:
+def _report(told: _Tail, code: int) -> Mapping[str, Any]:
     text = told.kept().decode("utf-8", "replace").strip()
     last = text.splitlines()[-1] if text else f"its supervisor ended with code {code}"
     try:
-        report: Mapping[str, float] = json.loads(last)
-        trouble = report.get("error")
-    except ValueError:
-        report, trouble = {}, last
-    if trouble:
-        raise CannotRun(f"the sandbox could not be set up: {trouble}")
+        report: dict[str, Any] = json.loads(last)
+    except ValueError:  # a traceback
+        report = {"error": last}
+    if "error" in report:
+        raise CannotRun(f"the sandbox could not be set up: {report['error']}")
     return report
 
 
