@@ -112,10 +112,10 @@ def _wait(child: int, seconds: float, deaths: int) -> Ended | None:
 
 def _end(job: Job, child: int, ended: Ended | None, status: int) -> Job:
     """Kill what is left of the program and gather how it ended."""
+    if ended is None:
+        os.kill(child, signal.SIGKILL)  # and the kernel all that lives in its namespace
     if job["plan"] == "limits":
         _kill_all(job, child)  # here the child is the program itself
-    elif ended is None:
-        os.kill(child, signal.SIGKILL)  # and the kernel all that lives in its namespace
     if ended is None:
         _, code, usage = os.wait4(child, 0)
         ended = os.waitstatus_to_exitcode(code), _cpu(usage)
