@@ -77,8 +77,8 @@ _ADVICE = {
     "unpadded until it is mended",
     "perplexity_drift": "train fewer steps or at a lower learning rate, mix in texts of the source "
     "domain, or accept the loss with a larger bound",
-    "task_accuracy": "look at the failing items in the details: a wrong prompt or answer format shows "
-    "there; else train longer, or on data that is closer to the task",
+    "task_accuracy": "look at the failing items in the details: a wrong prompt or answer format "
+    "shows there; else train longer, or on data that is closer to the task",
     "generation_diversity": "train fewer steps or at a lower learning rate: sampled answers have "
     "collapsed into one",
     "base_compatibility": "give the base model the adapter was trained on: --lora-base-model=PATH",
@@ -382,7 +382,9 @@ def assert_task_accuracy(
     if not isinstance(task, Task):
         task = read_task(task)
     if min_accuracy is not None and min_change is not None:
-        raise UsageError("min_accuracy and min_change are two questions: assert one after the other")
+        raise UsageError(
+            "min_accuracy and min_change are two questions: assert one after the other"
+        )
     if min_change is None:
         limits = _floor("min_accuracy", task.min_accuracy if min_accuracy is None else min_accuracy)
         options["min_accuracy"] = limits.low

@@ -81,7 +81,7 @@ def measure_task_accuracy(
     Args:
         subject: the adapter on its base model, a causal language model.
         task: a task, or a file that :func:`~pytest_lora.tasks.formats.read_task` reads.
-        tokenizer: None takes the adapter folder's own, else the base model's; the result says which.
+        tokenizer: None takes the adapter folder's own, else the base model's; the result says so.
         min_accuracy: the floor to decide about; None takes the task's, if it has one.
         full: score everything although there is a floor.
         base: score the untouched base on the same items too, all of them.
@@ -333,9 +333,7 @@ def _where(task: Task, scores: Sequence[ItemScore]) -> str | None:
     return _sentence(task, min(wrong, key=lambda score: score.score)) if wrong else None
 
 
-def _lost(
-    task: Task, after: Sequence[ItemScore], before: Sequence[ItemScore]
-) -> str | None:
+def _lost(task: Task, after: Sequence[ItemScore], before: Sequence[ItemScore]) -> str | None:
     """The first item that the base alone gets right."""
     for score, ground in zip(after, before, strict=True):
         if score.score < ground.score:

@@ -72,14 +72,12 @@ class ChoiceScorer:
         self._head = _output_layer(self._bare)
         if self._head is None or getattr(config, "is_encoder_decoder", False):
             raise NotApplicable(f"{type(self._bare).__name__} gives no likelihood of a text")
-        self._vocabulary = getattr(self._head, "out_features", None) or getattr(
-            config, "vocab_size", 1
-        )
+        self._vocabulary = _rows_of(self._bare)
         self._window = _window(config)
         self._shares = _can_share(model, config)
 
     def likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
-        """log p(continuation | context) of each pair of token ids, in order.
+        """Log p(continuation | context) of each pair of token ids, in order.
 
         Contexts have at least one token.  Sums are in float64 over float32 log-probabilities.
         Requests with one context are best given side by side.
@@ -97,9 +95,7 @@ class ChoiceScorer:
                 whole += group
         for batch in self._batches(_rows(fitted, whole)):
             self._run(batch, values)
-        return [
-            Likelihood(value, len(pair[1])) for value, pair in zip(values, fitted, strict=True)
-        ]
+        return [Likelihood(value, len(pair[1])) for value, pair in zip(values, fitted, strict=True)]
 
     def _fitted(self, context: Sequence[int], continuation: Sequence[int]) -> Pair:
         """The pair, the context's beginning cut off where it exceeds the model's window."""
@@ -267,7 +263,21 @@ def _has_cache(config: Any) -> bool:
 
 
 _PLAIN_CACHES = frozenset(
-    "llama mistral mixtral qwen2 qwen3 gemma phi phi3 granite olmo olmo2 starcoder2 stablelm".split()
+    [
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "phi",
+        "phi3",
+        "granite",
+        "olmo",
+        "olmo2",
+        "starcoder2",
+        "stablelm",
+    ]
 )
 """Kinds of model whose every layer keeps keys and values and nothing else."""
 
@@ -277,6 +287,12 @@ def _right_padded(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, to
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     return ids, mask
+
+
+def _rows_of(module: Any) -> int:
+    """Tokens the model knows: rows of its input embedding."""
+    rows: int = module.get_input_embeddings().weight.shape[0]
+    return rows
 
 
 def _output_layer(module: Any) -> Any | None:

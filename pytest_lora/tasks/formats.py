@@ -62,7 +62,11 @@ class Format:
 
 
 def read_task(
-    path: Path | str, *, name: str | None = None, format: str | None = None, **rules: Any
+    path: Path | str,
+    *,
+    name: str | None = None,
+    format: str | None = None,  # noqa: A002
+    **rules: Any,
 ) -> Task:
     """The task in a file.
 
@@ -227,7 +231,7 @@ def _prompt_choices(row: Row, number: int, source: Source) -> TaskItem:
 
 
 def _hellaswag(row: Row, number: int, source: Source) -> TaskItem:
-    """``activity: context``, the second half of the context capitalised, brackets of WikiHow out."""
+    """``activity: context``, the context's second half capitalised, WikiHow's brackets out."""
     if "ctx_a" in row.fields and "ctx_b" in row.fields:
         context = f"{_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
     else:
@@ -243,7 +247,7 @@ _BRACKETS = re.compile(r"\[[^\[\]]*\]")
 
 
 def _without_wikihow(text: str) -> str:
-    """``[title]`` ends a sentence; other marks in brackets, and the doubled spaces they leave, go."""
+    """``[title]`` ends a sentence; other marks in brackets go, with the spaces they double."""
     return _BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
