@@ -18,6 +18,7 @@ import torch
 
 from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.loading import one_line, quiet
+from pytest_lora.tasks.models import known_tokens, text_config, window
 
 if TYPE_CHECKING:
     from pytest_lora.tasks.prompting import TaskTokenizer
@@ -72,9 +73,9 @@ class ChoiceScorer:
         self._head = _output_layer(self._bare)
         if self._head is None or getattr(config, "is_encoder_decoder", False):
             raise NotApplicable(f"{type(self._bare).__name__} gives no likelihood of a text")
-        self._vocabulary = _rows_of(self._bare)
-        self._window = _window(config)
-        self._shares = _can_share(model, config)
+        self._vocabulary = known_tokens(self._bare)
+        self._window = window(self._bare)
+        self._shares = _can_share(model, self._bare)
 
     def likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """Log p(continuation | context) of each pair of token ids, in order.
@@ -242,44 +243,27 @@ def _worth_sharing(pairs: Sequence[Pair]) -> bool:
     return (len(pairs[0][0]) - 1) * (apart - 1) >= WORTH
 
 
-def _can_share(model: Any, config: Any) -> bool:
-    """Whether keys and values of a prefix are all that attention keeps of it."""
-    nested = getattr(config, "get_text_config", None)
-    text = config if nested is None else nested()
-    kinds = getattr(text, "layer_types", None) or ["full_attention"]
-    window = getattr(text, "sliding_window", None) if not hasattr(text, "layer_types") else None
-    learned = any(
-        getattr(item, "is_prompt_learning", False)
-        for item in (getattr(model, "peft_config", None) or {}).values()
-    )
-    return set(kinds) == {"full_attention"} and not window and not learned and _has_cache(text)
-
-
-def _has_cache(config: Any) -> bool:
+def _can_share(model: Any, bare: Any) -> bool:
+    """Whether keys and values of a prefix are all that every layer keeps of it."""
     from transformers import DynamicCache
 
-    usual = getattr(config, "model_type", "") in _PLAIN_CACHES
-    return usual and hasattr(DynamicCache, "batch_repeat_interleave")
+    config = text_config(bare)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = not hasattr(config, "layer_types") and getattr(config, "sliding_window", None)
+    configs = getattr(model, "peft_config", None) or {}
+    return (
+        getattr(config, "model_type", "") in _PLAIN_CACHES
+        and kinds == {"full_attention"}
+        and not windowed
+        and not any(getattr(item, "is_prompt_learning", False) for item in configs.values())
+        and hasattr(DynamicCache, "batch_repeat_interleave")
+    )
 
 
 _PLAIN_CACHES = frozenset(
-    [
-        "llama",
-        "mistral",
-        "mixtral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "phi",
-        "phi3",
-        "granite",
-        "olmo",
-        "olmo2",
-        "starcoder2",
-        "stablelm",
-    ]
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "granite", "olmo", "olmo2"}
 )
-"""Kinds of model whose every layer keeps keys and values and nothing else."""
+"""Kinds of model for which that is known; others run whole rows."""
 
 
 def _right_padded(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,21 +273,8 @@ def _right_padded(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, to
     return ids, mask
 
 
-def _rows_of(module: Any) -> int:
-    """Tokens the model knows: rows of its input embedding."""
-    rows: int = module.get_input_embeddings().weight.shape[0]
-    return rows
-
-
 def _output_layer(module: Any) -> Any | None:
     try:
         return module.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-
-
-def _window(config: Any) -> int:
-    nested = getattr(config, "get_text_config", None)
-    text = config if nested is None else nested()
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 30

@@ -103,7 +103,7 @@ def _share(value: Any) -> float:
 
 def _texts(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list | tuple) or not all(map(_named, values)):
+    if not isinstance(values, list | tuple) or not all(_text(item) for item in values):
         raise TypeError
     return tuple(values)
 

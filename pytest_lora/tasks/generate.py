@@ -26,6 +26,7 @@ import torch
 from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.loading import one_line, quiet
 from pytest_lora.numerics.monte_carlo import rounding_noise
+from pytest_lora.tasks.models import known_tokens, window
 
 if TYPE_CHECKING:
     from pytest_lora.tasks.prompting import TaskTokenizer
@@ -101,8 +102,8 @@ class Generator:
         if not hasattr(self._bare, "generate") or getattr(config, "is_encoder_decoder", False):
             raise NotApplicable(f"{type(self._bare).__name__} does not continue a text")
         self._ends = _end_tokens(self._bare, tokens)
-        self._window = _window(config)
-        self._vocabulary = _rows_of_embedding(self._bare)
+        self._window = window(self._bare)
+        self._vocabulary = known_tokens(self._bare)
 
     def answers(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
@@ -357,21 +358,6 @@ def _end_tokens(module: Any, tokens: TaskTokenizer) -> frozenset[int]:
         listed = value if isinstance(value, list | tuple) else [value]
         found.update(item for item in listed if isinstance(item, int) and item >= 0)
     return frozenset(found)
-
-
-def _window(config: Any) -> int:
-    nested = getattr(config, "get_text_config", None)
-    text = config if nested is None else nested()
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 30
-
-
-def _rows_of_embedding(module: Any) -> int:
-    try:
-        rows = getattr(module.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):
-        rows = None
-    return rows if isinstance(rows, int) else 1 << 62
 
 
 def _rms(difference: torch.Tensor) -> float:
