@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         measure_unmerge_restoration as measure_unmerge_restoration,
     )
     from pytest_lora.data import SourceDomain as SourceDomain
+    from pytest_lora.data import TargetTask as TargetTask
     from pytest_lora.errors import CannotRun as CannotRun
     from pytest_lora.errors import CheckFailed as CheckFailed
     from pytest_lora.errors import LoraError as LoraError
@@ -102,6 +103,7 @@ _HOMES = {
     "Subject": "subject",
     "Task": "tasks.records",
     "TaskItem": "tasks.records",
+    "TargetTask": "data",
     "UsageError": "errors",
     "assert_adapter_effect": "assertions",
     "assert_adapter_files": "assertions",

@@ -200,6 +200,33 @@ CHECKS: tuple[CheckSpec, ...] = (
         unit="nats per token",
         per="sources",
     ),
+    CheckSpec(
+        "task_accuracy",
+        "Does it solve enough of a target task?",
+        Need.DATA,
+        "minutes",
+        after=_LOADS,
+        per="tasks",
+    ),
+    CheckSpec(
+        "generation_health",
+        "Do its answers to a task end, without loops, silence or leaked templates?",
+        Need.DATA,
+        "minutes",
+        after=_LOADS,
+        per="tasks",
+    ),
+    CheckSpec(
+        "generation_diversity",
+        "Do sampled answers to a task still differ as the base model's do?",
+        Need.DATA,
+        "minutes",
+        after=_LOADS,
+        limit="at least",
+        default=0.0,
+        unit="of the base model's diversity",
+        per="tasks",
+    ),
 )
 
 

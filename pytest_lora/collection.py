@@ -22,9 +22,9 @@ from pytest_lora.fixtures import PARTS
 from pytest_lora.records import CheckResult, Outcome
 from pytest_lora.run import Run
 
-__all__ = ["SuiteModule", "SuitePlan", "collect_suite", "part_of", "spec_of"]
+__all__ = ["SuiteModule", "SuitePlan", "collect_suite", "is_left_out", "part_of", "spec_of"]
 
-_MODULES = ("files", "base", "weights", "switching", "merge", "reload", "forgetting")
+_MODULES = ("files", "base", "weights", "switching", "merge", "reload", "forgetting", "learning")
 _NODE_ID = re.compile(r"lora/test_\w+::test_(?P<check>\w+)\[(?P<adapter>.*)\](?:@.*)?", re.DOTALL)
 
 
@@ -94,6 +94,13 @@ def collect_suite(
     for item in chosen:
         run.require_data(_spec(item), _adapter_of(item))
     return chosen, [item for item in ordered if item not in chosen]
+
+
+def is_left_out(definition: pytest.Function, run: Run) -> bool:
+    """Whether a test function of the suite is one that ``--lora-checks`` leaves out."""
+    if definition.getparent(SuiteModule) is None:
+        return False
+    return not run.settings.selected(find_check(definition.name.removeprefix("test_")))
 
 
 def spec_of(item: pytest.Item) -> CheckSpec | None:

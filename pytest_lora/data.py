@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.nll_cache import NllCache, Scores
 from pytest_lora.records import Bound
+from pytest_lora.tasks.configure import make_task
 from pytest_lora.tasks.texts import Texts, open_texts
 
 if TYPE_CHECKING:
     from pytest_lora.profile import Entry
+    from pytest_lora.tasks.records import Task
 
-__all__ = ["SourceDomain", "open_source"]
+__all__ = ["SourceDomain", "TargetTask", "open_source", "open_task"]
 
 REPORTED = "no bound set: reported, not judged"
 _OPENING = ("field", "documents", "split")
@@ -61,3 +64,58 @@ def open_source(
         prefix = entry.values["prefix"]
         options["prefix"] = None if prefix == "none" else prefix
     return SourceDomain(entry.name, {entry.name: texts}, bound, {**evaluation, **options})
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTask:
+    """A target task, ready to be measured.
+
+    Attributes:
+        task: its items and how they are put and judged.
+        floor: ``{"min_accuracy": bound}``, or ``{"min_change": bound}`` relative to the base model;
+            where nobody set one, a bound that only an accuracy that is no number can miss.
+        options: further arguments of :func:`~pytest_lora.assertions.assert_task_accuracy`.
+        writing: those of :func:`~pytest_lora.assertions.assert_generation_health`.
+        sampling: those of :func:`~pytest_lora.assertions.assert_generation_diversity`.
+    """
+
+    task: Task
+    floor: Mapping[str, Bound]
+    options: Mapping[str, Any]
+    writing: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+
+
+def open_task(
+    entry: Entry, *, evaluation: Mapping[str, Any], allow_code_execution: bool
+) -> TargetTask:
+    """The task that an entry of the profile declares.
+
+    Args:
+        entry: of the profile.
+        evaluation: options that hold for all data of the run.
+        allow_code_execution: let HumanEval run what the model wrote.
+
+    Raises:
+        UsageError: its items cannot be read, or code may not be run.
+    """
+    task = make_task(entry.name, entry.values, allow_code_execution=allow_code_execution)
+    shared = dict(evaluation)
+    cache: NllCache = shared.pop("cache")
+    batch = {key: entry.values[key] for key in ("batch_size",) if key in entry.values}
+    drawn = {**batch, "seed": shared["seed"]}
+    options = {**shared, **batch, "store": Scores(cache, entry.name)}
+    if entry.get("about") == "domain":
+        options["domain"] = True
+    floor = _floor(entry)
+    if "min_change" in floor:  # always on all items
+        options = {key: options[key] for key in options if key not in ("alpha", "full")}
+    return TargetTask(task, floor, options, {**drawn, "alpha": shared["alpha"]}, drawn)
+
+
+def _floor(entry: Entry) -> dict[str, Bound]:
+    floor = entry.get("min_accuracy")
+    if floor is None:
+        return {"min_accuracy": Bound.at_least(-math.inf, REPORTED)}
+    name = "min_change" if floor.of_base else "min_accuracy"
+    return {name: Bound.at_least(floor.value, entry.origins["min_accuracy"])}

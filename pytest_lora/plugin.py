@@ -278,16 +278,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ]
     names = marked or list(run.locate())
     part = next((name for name in PARTS if name in metafunc.fixturenames), None)
-    if part is not None:
-        with _as_usage_error():
-            pairs = [
-                (name, entry.name) for name in names for entry in run.entries(PARTS[part], name)
-            ]
+    if part is None:
+        if names:
+            metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
+        return
+    with _as_usage_error():
+        pairs = [(name, entry) for name in names for entry in _parts(metafunc, part, name)]
+    if pairs:
         ids = [f"{name}:{entry}" for name, entry in pairs]
-        if pairs:
-            metafunc.parametrize(("lora_adapter", part), pairs, ids=ids, indirect=True)
-    elif names:
-        metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
+        metafunc.parametrize(("lora_adapter", part), pairs, ids=ids, indirect=True)
+
+
+def _parts(metafunc: pytest.Metafunc, part: str, adapter: str) -> Iterable[str]:
+    """The entries of the profile that a fixture of an adapter goes through."""
+    from pytest_lora.collection import is_left_out
+
+    run = metafunc.config.stash[RUN]
+    if part == "lora_written_task" and not is_left_out(metafunc.definition, run):
+        return run.written_tasks(adapter)  # reads the tasks
+    return [entry.name for entry in run.entries(PARTS[part], adapter)]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_lora.adapter import Adapter
-    from pytest_lora.data import SourceDomain
+    from pytest_lora.data import SourceDomain, TargetTask
     from pytest_lora.locate import AdapterLocation
     from pytest_lora.nll_cache import NllCache
     from pytest_lora.profile import Entry, Profile
@@ -79,6 +79,7 @@ class Run:
     _bases: list[BaseModel] = field(default_factory=list)
     _pool: BasePool | None = None
     _sources: dict[str, SourceDomain] = field(default_factory=dict)
+    _tasks: dict[tuple[str, str], TargetTask] = field(default_factory=dict)
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -202,21 +203,35 @@ class Run:
             self._sources[key] = open_source(entry, otherwise=bound, evaluation=options)
         return self._sources[key]
 
+    def task(self, adapter: str, name: str) -> TargetTask:
+        """A target task of an adapter; its file is read once per run."""
+        from pytest_lora.data import open_task
+
+        key = (adapter, name)
+        if key not in self._tasks:
+            self._tasks[key] = open_task(
+                self.entry("tasks", adapter, name),
+                evaluation=self.evaluation(adapter),
+                allow_code_execution=self.settings.allow_code_execution,
+            )
+        return self._tasks[key]
+
+    def written_tasks(self, adapter: str) -> tuple[str, ...]:
+        """The names of an adapter's tasks in which answers are written, not chosen."""
+        names = [entry.name for entry in self.entries("tasks", adapter)]
+        return tuple(name for name in names if self.task(adapter, name).task.is_written)
+
     def evaluation(self, adapter: str) -> dict[str, Any]:
         """How all data of an adapter is evaluated.
 
         Each verdict gets an equal part of the error rate, whichever of them are selected, so that
         it takes the same documents alone as together with others (C. E. Bonferroni's inequality).
         """
-        bounded = ("max_drift", "min_accuracy")
-        gates = [
-            entry
-            for kind in ("sources", "tasks")
-            for entry in self.entries(kind, adapter)
-            if any(key in entry.values for key in bounded)
-        ]
+        sources, tasks = self.entries("sources", adapter), self.entries("tasks", adapter)
+        # A task is two: its accuracy, and the health of what is written.
+        gates = len(sources) + 2 * len(tasks)
         return {
-            "alpha": self.settings.error_rate / max(1, len(gates)),
+            "alpha": self.settings.error_rate / max(1, gates),
             "full": self.settings.full_eval,
             "seed": self.settings.order_seed,
             "cache": self.cache,

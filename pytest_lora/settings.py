@@ -345,6 +345,13 @@ class Settings:
     no_cache: bool = _setting(
         False, _flag, "keep and use nothing from one run to the next", flag=True, ini="bool"
     )
+    allow_code_execution: bool = _setting(
+        False,
+        _flag,
+        "run the programs a model writes for HumanEval, each in a sandbox of its own",
+        flag=True,
+        ini="bool",
+    )
     bounds: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -419,6 +426,8 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     import difflib  # only for a message
 
     if name in {spec.id for spec in CHECKS}:
+        if find_check(name).per:
+            return f"the bound of {name!r} is set where its data is declared, in a profile"
         return f"the check {name!r} has no bound to move: it counts faults, and allows none"
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean {close[0]!r}?" if close else "docs/settings.md lists them"
