@@ -136,7 +136,7 @@ class Generator:
         if room < 1:
             raise CannotRun(
                 f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt: the model's"
-                f" window is {self._window} tokens"
+                f" window is {self._window} tokens; set max_new_tokens to less"
             )
         if len(prompt) <= room:
             return prompt
