@@ -185,6 +185,18 @@ def test_max_unseen_waits_for_more_items() -> None:
     assert float(early.evidence()["unseen_above_cap"] or 0) > 0.01
 
 
+def test_evidence_that_a_catastrophe_undid_is_not_called_upon_later() -> None:
+    """While few enough may lie unseen, what counts is the wealth at that time, not once before."""
+    values = [value / 5 for value in normal(600)]
+    for i in (300, 310, 320, 330, 340, 350):
+        values[i] += 50
+    limit = sum(values) / 600 - 0.001
+    assert run(values, limit).verdict is Verdict.AT_MOST
+    careful = run(values, limit, max_unseen=0.01)
+    assert careful.verdict is Verdict.ABOVE
+    assert careful.used > 300
+
+
 def test_the_unseen_share_is_rarely_understated() -> None:
     """5% of 400 items lie beyond the cap: over 300 orders, each watched at every time."""
     understated = 0
