@@ -141,8 +141,9 @@ class _CallableTrial(_Trial):
     def whole(self) -> _End:
         with seeded(_SEED):
             run = self.build()
+            model = _model_of(run)
             losses = self._steps(run, self.plan.before + self.plan.after)
-            return _End(self.plan.tensors(_model_of(run)), losses[self.plan.before :])
+            return _End(self.plan.tensors(model), losses[self.plan.before :])
 
     def interrupted(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], _End]:
         with tempfile.TemporaryDirectory(prefix="pytest-lora-") as folder:

@@ -63,7 +63,8 @@ class Stepper:
     """
 
     def __init__(self, step: Step, model: torch.nn.Module | None) -> None:
-        self.trainer: Any = step if is_trainer(step) else None
+        given: Any = step
+        self.trainer: Any = given if is_trainer(given) else None
         if self.trainer is None and not callable(step):
             raise UsageError(
                 f"a step is a callable step(model) -> loss or a Trainer, not {type(step).__name__}"
@@ -71,9 +72,9 @@ class Stepper:
         if model is None:
             if self.trainer is None:
                 raise UsageError("a step that is a callable needs the model it trains")
-            model = self.trainer.model
+            model = given.model
         self.model: Any = model
-        self._step: Any = step
+        self._step: Any = given
 
     def run(
         self,
