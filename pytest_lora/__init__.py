@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         measure_seeded_initialisation as measure_seeded_initialisation,
     )
     from pytest_lora.checks.serving import measure_serving_profile as measure_serving_profile
+    from pytest_lora.checks.spectrum import measure_delta_spectrum as measure_delta_spectrum
     from pytest_lora.checks.switching import measure_adapter_isolation as measure_adapter_isolation
     from pytest_lora.checks.switching import (
         measure_disable_equals_base as measure_disable_equals_base,
@@ -157,6 +158,7 @@ _HOMES = {
     "measure_resume_equivalent": "checks.repeatable",
     "measure_seeded_initialisation": "checks.repeatable",
     "measure_trains_only_adapter": "checks.training",
+    "measure_delta_spectrum": "checks.spectrum",
 }
 
 __all__ = sorted(_HOMES)
