@@ -43,6 +43,7 @@ import torch
 from pytest_lora.attach import ADAPTER_NAME
 from pytest_lora.checks.bits import how_different, is_routed, median_rms, rms
 from pytest_lora.errors import NotApplicable
+from pytest_lora.numerics.noise import perturbed
 from pytest_lora.probe import output_of
 from pytest_lora.records import Json, Measurement, Problem
 
@@ -469,13 +470,13 @@ def _noise(model: torch.nn.Module, seed: int) -> Iterator[None]:
     generator = torch.Generator().manual_seed(seed)
 
     def before(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_perturbed(item, 0, generator) for item in args)
+        return tuple(perturbed(item, 0, generator) for item in args)
 
     def after(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         terms = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) else 1
         if isinstance(output, tuple):
-            return tuple(_perturbed(item, terms, generator) for item in output)
-        return _perturbed(output, terms, generator)
+            return tuple(perturbed(item, terms, generator) for item in output)
+        return perturbed(output, terms, generator)
 
     handles = []
     for module in model.modules():
@@ -490,17 +491,3 @@ def _noise(model: torch.nn.Module, seed: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _perturbed(value: Any, terms: int, generator: torch.Generator) -> Any:
-    """``value`` moved by an ulp or so, and by what reordering sums of ``terms`` terms may do."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() == 0:
-        return value
-    wide = torch.promote_types(value.dtype, torch.float32)
-    exact, roundoff = value.to(wide), torch.finfo(value.dtype).eps / 2
-    spread = 2 * roundoff * exact.abs()
-    if terms:
-        single = min(roundoff, torch.finfo(torch.float32).eps / 2)  # sums are kept in float32
-        spread = spread + math.sqrt(terms) * single * exact.square().mean(-1, keepdim=True).sqrt()
-    noise = torch.randn(exact.shape, generator=generator, dtype=wide).to(exact.device)
-    return (exact + spread * noise).to(value.dtype)

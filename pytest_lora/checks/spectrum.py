@@ -136,9 +136,9 @@ def _look(
         found.updates.append(_Update(module, spectrum))
         return
     weight = weights.get(f"{module.name}.weight")
-    if weight is None or not weight.is_floating_point():
-        state = "not found in the base" if weight is None else f"stored as {weight.dtype}"
-        found.notes.append(f"{module.name}: its weight is {state}, so nothing relative to it")
+    doubt = _doubt(weight, factors)
+    if weight is None or doubt:
+        found.notes.append(f"{module.name}: its weight is {doubt}, so nothing relative to it")
         found.updates.append(_Update(module, spectrum))
         return
     relative = relative_norm(spectrum, _norm(weight))
@@ -146,6 +146,18 @@ def _look(
     if find_intruders and spectrum.finite:
         count = _intruders(module, base, weight, factors, found)
     found.updates.append(_Update(module, spectrum, relative, count))
+
+
+def _doubt(weight: torch.Tensor | None, factors: tuple[torch.Tensor, torch.Tensor]) -> str:
+    """Why an update cannot be compared with a weight; empty where it can."""
+    if weight is None:
+        return "not found in the base"
+    if not weight.is_floating_point():
+        return f"stored as {weight.dtype}"
+    b, a = factors
+    if weight.numel() != b.shape[0] * a.shape[1]:
+        return f"of shape {list(weight.shape)} and the update {b.shape[0]} x {a.shape[1]}"
+    return ""
 
 
 def _factors(module: LoraModule, found: _Found) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -120,7 +120,10 @@ class Stepper:
         if one_batch:
             size = args.train_batch_size * args.gradient_accumulation_steps
             changed["train_dataset"] = _first(trainer.train_dataset, size)
+        # What train() makes anew, so that no moments and no schedule are left behind.
+        made = ("optimizer", "lr_scheduler", "state")
         before = {name: getattr(trainer, name) for name in changed if hasattr(trainer, name)}
+        left = {name: getattr(trainer, name) for name in made if hasattr(trainer, name)}
         micro: list[float] = []
         losses: list[float] = []
         inner = trainer.training_step
@@ -137,7 +140,7 @@ class Stepper:
             yield losses
         finally:
             del trainer.training_step
-            for name, value in before.items():
+            for name, value in {**before, **left}.items():
                 setattr(trainer, name, value)
         losses += _grouped(micro, args.gradient_accumulation_steps)
 

@@ -24,7 +24,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["accumulation_error", "gradient_noise", "sum_unit"]
+__all__ = ["accumulation_error", "gradient_noise", "perturbed", "sum_unit"]
 
 
 def sum_unit(dtype: torch.dtype) -> float:
@@ -108,14 +108,15 @@ class _Noisy(torch.autograd.Function):
         ctx: Any, value: torch.Tensor, terms: int, generator: torch.Generator
     ) -> torch.Tensor:
         ctx.generator = generator
-        return _perturbed(value, terms, generator)
+        noisy: torch.Tensor = perturbed(value, terms, generator)
+        return noisy
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         width = grad.shape[-1]
         terms = max(width, grad.numel() // max(1, width))
-        return _perturbed(grad, terms, ctx.generator, of_each=True), None, None
+        return perturbed(grad, terms, ctx.generator, of_each=True), None, None
 
 
 def _noisy(value: Any, terms: int, generator: torch.Generator) -> Any:
@@ -124,16 +125,24 @@ def _noisy(value: Any, terms: int, generator: torch.Generator) -> Any:
     return _Noisy.apply(value, terms, generator)  # type: ignore[no-untyped-call]
 
 
-def _perturbed(
-    value: torch.Tensor, terms: int, generator: torch.Generator, *, of_each: bool = False
-) -> torch.Tensor:
-    """``value`` moved by an ulp or so, and by what reordering sums of ``terms`` terms may do."""
+def perturbed(value: Any, terms: int, generator: torch.Generator, *, of_each: bool = False) -> Any:
+    """``value`` moved by an ulp or so, and by what reordering sums of ``terms`` terms may do.
+
+    Args:
+        value: a floating-point tensor; anything else, scalars included, comes back as it is.
+        terms: how many terms each of its elements is a sum of; 0 for a value that was only rounded.
+        generator: of the noise, on the CPU.
+        of_each: add the walk of the terms' own size to each element, as for sums of one sign.
+    """
+    if not _is_matrix(value):
+        return value
     wide = torch.promote_types(value.dtype, torch.float32)
     exact = value.to(wide)
     spread = torch.finfo(value.dtype).eps * exact.abs()
-    walk = math.sqrt(terms) * sum_unit(value.dtype)
-    spread = spread + walk * exact.square().mean(-1, keepdim=True).sqrt()
-    if of_each:
-        spread = spread + walk * exact.abs()
+    if terms:
+        walk = math.sqrt(terms) * sum_unit(value.dtype)
+        spread = spread + walk * exact.square().mean(-1, keepdim=True).sqrt()
+        if of_each:
+            spread = spread + walk * exact.abs()
     noise = torch.randn(exact.shape, generator=generator, dtype=wide).to(exact.device)
     return (exact + spread * noise).to(value.dtype)

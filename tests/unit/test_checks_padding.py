@@ -405,7 +405,7 @@ def test_the_noise_is_of_the_size_it_says(seed: int, dtype: torch.dtype) -> None
         forth += x[:, index, None] * w[index]
         back += x[:, order[index], None] * w[order[index]]
     moved = float((forth.to(dtype).double() - back.to(dtype).double()).square().mean().sqrt())
-    noisy = padding._perturbed(wide.to(dtype), k, generator)
+    noisy = padding.perturbed(wide.to(dtype), k, generator)
     noise = float((noisy.double() - wide.to(dtype).double()).square().mean().sqrt())
     assert moved <= noise
 
@@ -413,7 +413,7 @@ def test_the_noise_is_of_the_size_it_says(seed: int, dtype: torch.dtype) -> None
 def test_what_is_left_alone_by_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     for value in (None, 3, torch.arange(4), torch.tensor(1.0)):
-        assert padding._perturbed(value, 4, generator) is value
+        assert padding.perturbed(value, 4, generator) is value
 
 
 def test_modules_that_return_tuples_get_noise_too() -> None:

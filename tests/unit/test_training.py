@@ -211,6 +211,49 @@ def test_an_adapter_that_is_not_there() -> None:
         assert_trains_only_adapter(backward, adapted(), adapter="other")
 
 
+class Compiled(torch.nn.Module):
+    """What torch.compile puts around a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        return self._orig_mod(**batch)
+
+
+def test_a_compiled_or_parallel_model_is_judged_by_what_is_inside() -> None:
+    model = torch.nn.DataParallel(Compiled(adapted()))
+    assert_trains_only_adapter(train_step(adamw(model)), model)
+
+
+def test_tensors_that_come_and_go_are_named() -> None:
+    model = adapted()
+    optimizer = adamw(model)
+
+    def step(model: Any) -> torch.Tensor:
+        model.base_model.model.model.norm.register_buffer("extra", torch.ones(1))
+        return train_step(optimizer)(model)
+
+    found = problems(failure(assert_trains_only_adapter, step, model))
+    assert "came or went" in found["base_model.model.model.norm.extra"]
+
+
+def test_a_method_declares_what_it_trains_itself() -> None:
+    """A prompt in front, and a model that a pattern is about although it has an adapter."""
+    from peft import PromptTuningConfig
+
+    model = wrap(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    found = assert_trains_only_adapter(train_step(adamw(model)), model)
+    assert found.details["trained"] == 1
+    only_b = adapted()
+    for name, parameter in only_b.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    step = train_step(adamw(only_b))
+    assert_trains_only_adapter(step, only_b, trainable=["*.lora_B.*"])
+    failure(assert_trains_only_adapter, step, only_b)
+
+
 # --------------------------------------------------------------------------- gradient coverage
 
 

@@ -38,6 +38,7 @@ def test_a_sound_trainer_passes(tmp_path: Path) -> None:
     assert_overfits_one_batch(ours)
     assert vars(ours.args) == before
     assert "training_step" not in vars(ours)
+    assert ours.state.global_step == 0
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
@@ -92,6 +93,16 @@ def test_a_checkpoint_without_the_optimizer_is_found() -> None:
         return ours
 
     with pytest.raises(CheckFailed, match="the state of the optimizer or of the scheduler"):
+        assert_resume_equivalent(build)
+
+
+def test_a_trainer_that_saves_no_checkpoint() -> None:
+    def build(folder: Path) -> Any:
+        ours = trainer(adapted(), folder)
+        ours._save_checkpoint = lambda *_, **__: None
+        return ours
+
+    with pytest.raises(CannotRun, match="saved no checkpoint-2"):
         assert_resume_equivalent(build)
 
 
