@@ -9,7 +9,7 @@ probe of some dozens of tokens:
   logits of one row do not depend on the others, bit for bit.
 * *packed*: several windows in one row, with position ids that start over, do not see each other:
   other tokens in one leave the states of another unchanged, bit for bit, and these differ from the
-  window's own by no more than rounding noise moves them (:mod:`pytest_lora.numerics.monte_carlo`).
+  window's own by no more than rounding noise moves them (:mod:`pytest_lora.numerics.noise`).
 
 A model that does not split is run over its own key-value cache, a few tokens at a time, if that
 gives the plain logits up to rounding noise.  One that does not pack is run a window at a time.
@@ -27,7 +27,7 @@ import torch
 from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.numerics.fingerprint import locate_difference
 from pytest_lora.numerics.likelihood import token_nll
-from pytest_lora.numerics.monte_carlo import rounding_noise
+from pytest_lora.numerics.noise import rounding_noise
 from pytest_lora.numerics.streaming import intercepted
 from pytest_lora.probe import output_of
 from pytest_lora.structure import Structure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_type
 
@@ -74,6 +74,21 @@ def subjects(
     pytest_lora.measure_unmerge_restoration(lora_subject, cycles=3)
     with lora_subject.attached(is_trainable=True) as model:
         model.train()
+
+
+def training(
+    step: Callable[[torch.nn.Module], torch.Tensor],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    build: Callable[[int], torch.nn.Module],
+) -> None:
+    assert_type(pytest_lora.assert_trains_only_adapter(step, model, steps=5), Measurement)
+    pytest_lora.assert_gradient_coverage(step, model, idle=["*.experts.*"])
+    pytest_lora.assert_optimizer_holds(optimizer, model, lr={"*lora_A*": 1e-4, "*lora_B*": 1e-3})
+    pytest_lora.assert_overfits_one_batch(step, model, steps=40, chance=1e-4)
+    pytest_lora.assert_checkpointing_equivalent(step, model, checkpointing={"use_reentrant": False})
+    pytest_lora.assert_accumulation_equivalent(step, step, model=model, bound=2.0)
+    pytest_lora.assert_seeded_initialisation(build, hash_seeds=range(4))
 
 
 def verdicts(adapter: Adapter) -> str | None:

@@ -78,6 +78,7 @@ ROOMS = {
     **dict.fromkeys(FILE_CHECKS, Room(3)),
     "assertions": Room(4, MODEL),
     "run": Room(4, MODEL),
+    "training": Room(4, MODEL),
     "baseline": Room(4),
     "strategies": Room(4, frozenset({"hypothesis"})),
     "contract": Room(4, frozenset({"hypothesis"}) | MODEL),
