@@ -7,6 +7,7 @@ without importing them, and lets the documentation be checked against the code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -107,6 +108,16 @@ CHECKS: tuple[CheckSpec, ...] = (
         limit="at least",
         default=0.0,
         unit="output change relative to the base model's output",
+    ),
+    CheckSpec(
+        "delta_spectrum",
+        "How large are the updates beside their weights, and of what rank?",
+        Need.WEIGHTS,
+        "seconds",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit="of the weight's norm",
     ),
     CheckSpec(
         "disable_equals_base",

@@ -68,7 +68,8 @@ def allowed(bound: Bound) -> str:
         # The smallest positive number stands for "anything but zero".
         parts.append("more than 0" if 0 < bound.low < 1e-300 else f"at least {number(bound.low)}")
     if bound.high is not None:
-        parts.append(f"at most {number(bound.high)}")
+        infinite = math.isinf(bound.high)
+        parts.append("any finite value" if infinite else f"at most {number(bound.high)}")
     return f"{' and '.join(parts)} ({clean(bound.origin)})"
 
 
