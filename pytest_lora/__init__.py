@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import (
         assert_config_matches_weights as assert_config_matches_weights,
     )
+    from pytest_lora.assertions import assert_delta_spectrum as assert_delta_spectrum
     from pytest_lora.assertions import assert_disable_equals_base as assert_disable_equals_base
     from pytest_lora.assertions import assert_finite_weights as assert_finite_weights
     from pytest_lora.assertions import assert_frozen_weights as assert_frozen_weights
@@ -141,6 +142,7 @@ _HOMES = {
     "assert_adapter_isolation": "assertions",
     "assert_base_compatibility": "assertions",
     "assert_config_matches_weights": "assertions",
+    "assert_delta_spectrum": "assertions",
     "assert_disable_equals_base": "assertions",
     "assert_finite_weights": "assertions",
     "assert_frozen_weights": "assertions",

@@ -38,6 +38,7 @@ __all__ = [
     "assert_adapter_isolation",
     "assert_base_compatibility",
     "assert_config_matches_weights",
+    "assert_delta_spectrum",
     "assert_disable_equals_base",
     "assert_finite_weights",
     "assert_frozen_weights",
@@ -82,6 +83,8 @@ _ADVICE = {
     "shows there; else train longer, or on data that is closer to the task",
     "generation_diversity": "train fewer steps or at a lower learning rate: sampled answers have "
     "collapsed into one",
+    "delta_spectrum": "train for fewer steps or with a lower learning rate, or scale the adapter "
+    "down; large updates forget more",
     "base_compatibility": "give the base model the adapter was trained on: --lora-base-model=PATH",
 }
 
@@ -184,6 +187,39 @@ def assert_adapter_effect(
     from pytest_lora.checks.effect import measure_adapter_effect
 
     return _on_subject("adapter_effect", subject, inputs, measure_adapter_effect, bound)
+
+
+def assert_delta_spectrum(
+    adapter: Subject | torch.nn.Module | Adapter | Path | str,
+    *,
+    least_effective_rank: float | None = None,
+    find_intruders: bool = False,
+    bound: Bound | float | None = None,
+) -> Measurement:
+    """Every update is a number, no larger beside its weight and of no lower rank than you allow.
+
+    Without limits this is a report: only what is not finite fails.
+
+    Args:
+        adapter: a subject or PeftModel; or an adapter's files, which then give absolute norms.
+        least_effective_rank: the least effective rank any module may have.
+        find_intruders: count intruder dimensions, which takes dense decompositions.
+        bound: the largest Frobenius norm of an update over that of its weight.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.spectrum import measure_delta_spectrum
+
+    def measure(known: Subject | Adapter) -> Measurement:
+        return measure_delta_spectrum(
+            known, least_effective_rank=least_effective_rank, find_intruders=find_intruders
+        )
+
+    if isinstance(adapter, Adapter | Path | str):
+        if bound is not None:
+            raise UsageError("the bound is relative to the base's weights: give a subject")
+        files = _adapter(adapter)
+        return _decide("delta_spectrum", files.name, lambda: measure(files))
+    return _on_subject("delta_spectrum", adapter, None, measure, bound)
 
 
 def assert_disable_equals_base(
@@ -566,7 +602,6 @@ def _bound(check: str, bound: Bound | float | None) -> Bound:
     if bound is not None:
         limit, origin = bound, "argument"
     else:
-        assert spec.default is not None, f"{check} is always given its bound"
         limit, origin = spec.default, "default"
     if spec.limit == "at least":
         return Bound.at_least(limit or _NOTHING if bound is None else limit, origin)

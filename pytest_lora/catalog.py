@@ -7,6 +7,7 @@ without importing them, and lets the documentation be checked against the code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -46,8 +47,8 @@ class CheckSpec:
         cost: rough cost on a 1B model on CPU, for people planning a run.
         after: checks whose failure makes this one meaningless; it then skips and names the first.
         limit: ``"at most"`` or ``"at least"`` where the user may move the bound, else ``""``.
-        default: the default limit of a movable bound; None where there is none, and what is
-            measured is reported.
+        default: the default limit of a movable bound; infinite where any finite value is allowed,
+            and what is measured is reported.
         unit: unit of the movable bound.
         per: kind of entry of the profile, ``"sources"`` or ``"tasks"``, that the check is made for;
             without any there is nothing to check.  Empty for checks made once per adapter.
@@ -59,7 +60,7 @@ class CheckSpec:
     cost: str
     after: tuple[str, ...] = ()
     limit: str = ""
-    default: float | None = 0.0
+    default: float = 0.0
     unit: str = ""
     per: str = ""
 
@@ -113,6 +114,16 @@ CHECKS: tuple[CheckSpec, ...] = (
         limit="at least",
         default=0.0,
         unit="output change relative to the base model's output",
+    ),
+    CheckSpec(
+        "delta_spectrum",
+        "How large are the updates beside their weights, and of what rank?",
+        Need.WEIGHTS,
+        "seconds",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit="of the weight's norm",
     ),
     CheckSpec(
         "disable_equals_base",
@@ -196,7 +207,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "minutes, seconds with a warm cache",
         after=_LOADS,
         limit="at most",
-        default=None,
+        default=math.inf,
         unit="nats per token",
         per="sources",
     ),

@@ -381,7 +381,7 @@ def _of(item: Field[Any]) -> Setting:
 
 def _bound_setting(spec: CheckSpec) -> Setting:
     default = f"{spec.default:g}" if spec.default else "more than nothing"
-    if spec.default is None:
+    if math.isinf(spec.default):
         default = "reported, not judged"
     drift = spec.unit == "nats per token"
     return Setting(

@@ -34,7 +34,10 @@ __all__ = [
 _TWO_ROUNDINGS = 4 * math.ulp(1.0)
 """Relative distance of two learning rates that are products of the same declared numbers."""
 
-_FREEZES = "set_adapter(name) or a second adapter's inference configuration froze it; set it before the optimizer is built"  # noqa: E501
+_FREEZES = (
+    "set_adapter of another one, or a second adapter's inference configuration, froze it; set it"
+    " trainable before the optimizer is built"
+)
 
 
 # ------------------------------------------------------------------------------ what moves
@@ -371,13 +374,17 @@ def _empty_optimizer() -> Problem:
 def _not_held(declared: Declared, held: Mapping[int, Any]) -> Iterator[Problem]:
     for name, parameter in declared.trainable.items():
         if id(parameter) not in held:
-            yield Problem(
-                name,
-                "not in the optimizer",
-                "in one of its groups",
-                "the optimizer was built before the adapter was attached, set active or moved to"
-                " another dtype; build it again",
-            )
+            yield Problem(name, "not in the optimizer", "in one of its groups",
+                          _why_not_held(parameter))  # fmt: skip
+
+
+def _why_not_held(parameter: torch.nn.Parameter) -> str:
+    if not parameter.requires_grad:
+        return f"it is frozen: {_FREEZES}"
+    return (
+        "the optimizer was built before the adapter was attached, set active or moved to another"
+        " dtype; build it again"
+    )
 
 
 def _held_in_vain(

@@ -70,7 +70,7 @@ def allowed(bound: Bound) -> str:
     if bound.high is not None:
         parts.append(f"at most {number(bound.high)}")
     if math.inf in (bound.high, -(bound.low or 0.0)):
-        return clean(bound.origin)  # bounds nothing but what is no number
+        parts = ["any finite value"]
     return f"{' and '.join(parts)} ({clean(bound.origin)})"
 
 

@@ -47,6 +47,7 @@ def files(path: Path) -> None:
 
 def models(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
     pytest_lora.assert_adapter_effect(model, inputs, bound=0.01)
+    pytest_lora.assert_delta_spectrum(model, least_effective_rank=2, bound=0.5)
     pytest_lora.assert_disable_equals_base(model, inputs)
     pytest_lora.assert_requires_grad(model, inputs)
     pytest_lora.assert_frozen_weights(model, inputs)

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 import torch
 from tiny import PEFT, cnn, gpt2, llama, rewrite_config, rewrite_weights, save_adapter
 
-from pytest_lora import measure_delta_spectrum
+from pytest_lora import CheckFailed, assert_delta_spectrum, measure_delta_spectrum
 from pytest_lora.errors import NotApplicable, UsageError
 from pytest_lora.loading import quiet
 from pytest_lora.records import Bound, Outcome
@@ -186,3 +186,20 @@ def test_a_large_weight_is_not_decomposed(tmp_path: Path, monkeypatch: Any) -> N
         Subject(adapter, BaseModel.from_module(llama())), find_intruders=True
     )
     assert sum("are too many" in note for note in found.notes) == 4
+
+
+def test_the_assertion_takes_files_models_and_limits(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    adapter = save_adapter(llama(), tmp_path / "a")
+    assert assert_delta_spectrum(adapter.path).unit == "Frobenius norm"
+    with quiet():
+        model = PeftModel.from_pretrained(llama(), adapter.path)
+    found = assert_delta_spectrum(model, least_effective_rank=1)
+    assert assert_delta_spectrum(model, bound=1.0).value == found.value
+    with pytest.raises(CheckFailed, match="scale the adapter down"):
+        assert_delta_spectrum(model, bound=0.01)
+    with pytest.raises(CheckFailed, match="rsLoRA"):
+        assert_delta_spectrum(model, least_effective_rank=3.99)
+    with pytest.raises(UsageError, match="give a subject"):
+        assert_delta_spectrum(adapter, bound=1.0)

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import torch
-from tiny import llama, wrap
+from tiny import bert, gpt2, llama, t5, wrap
 from training_loops import adamw, adapted, backward, config, loss_of, texts, train_step
 
 from pytest_lora import (
@@ -128,6 +128,58 @@ def micro(rows: list[list[int]], normalise: str = "tokens") -> Any:
         return 0.0
 
     return step
+
+
+FAMILIES = {
+    "llama": (llama, ["q_proj", "down_proj", "embed_tokens", "lm_head"], 1),
+    "gpt2": (gpt2, ["c_attn", "c_proj"], 1),
+    "bert": (bert, ["query", "value"], 0),
+    "t5": (t5, ["q", "wo"], 0),
+}
+"""Model, what is adapted, and by how much its loss shifts the labels."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_explains_sound_splits_in_every_family(family: str, dtype: torch.dtype) -> None:
+    make, targets, shift = FAMILIES[family]
+    model = wrap(make().to(dtype), config(target_modules=targets), autocast_adapter_dtype=False)
+    batch = texts(rows=6)
+    counted = (batch["labels"][:, shift:] != -100).sum(1)
+
+    def split(*groups: list[int]) -> Any:
+        def step(model: Any) -> None:
+            for rows in groups:
+                part = {key: value[rows] for key, value in batch.items()}
+                share = float(counted[rows].sum()) / float(counted.sum())
+                (loss_of(model, part) * share).backward()
+
+        return step
+
+    found = assert_accumulation_equivalent(
+        split([0, 1, 2, 3, 4, 5]), split([5, 4, 3, 2, 1, 0]), split([5], [0, 3], [1, 2, 4]),
+        model=model,
+    )  # fmt: skip
+    assert found.value < 0.6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_cuda_device(dtype: torch.dtype) -> None:
+    """Where kernels may add in an order of their own."""
+    model = tiny(dtype).cuda()
+
+    def on_device(step: Any) -> Any:
+        def run(model: Any) -> Any:
+            with torch.device("cuda"):
+                return step(lambda **batch: model(**{k: v.cuda() for k, v in batch.items()}))
+
+        return run
+
+    assert_accumulation_equivalent(on_device(backward), on_device(micro([[0, 2], [3, 1]])),
+                                   model=model)  # fmt: skip
+    assert_checkpointing_equivalent(on_device(backward), model)
 
 
 def tiny(dtype: torch.dtype) -> Any:
