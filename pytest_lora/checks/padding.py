@@ -8,16 +8,9 @@ order.
 
 *Shapes.*  A row alone and the same row padded, on either side, or among others, goes through
 kernels that add in another order, so rounding differs.  What the model at hand can make of that is
-measured on itself, by Monte Carlo arithmetic (D. S. Parker, "Monte Carlo Arithmetic", 1997): noise
-of the size of the rounding that reordering can change is added to what enters and leaves every
-module with parameters, and the row's output moves by its root mean square, the *rounding bound*.
-
-The noise: a product of k terms summed one after the other in unit roundoff u is off by a random
-walk of k steps, sqrt(k/2) u/sqrt(3) of the result's RMS (sqrt(k)/3 u where the terms have one
-sign), and two orders differ by sqrt(2) times that at most; sqrt(k) u of the RMS, normal, covers it
-(N. J. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019).  Rounding
-a result to the tensor's format can come out one ulp apart, 2 u of each value.  Blocked and pairwise
-sums, which real kernels use, are off by less.
+measured on itself, by Monte Carlo arithmetic (:mod:`pytest_lora.numerics.monte_carlo`): rounding
+noise is added to what enters and leaves every module with parameters, and the row's output moves by
+its root mean square, the *rounding bound*.
 
 Where tokens are routed to experts, rounding can tip a decision and the batch decides the shape of
 each expert's product: there the median position is judged, and contents are not.
@@ -31,10 +24,9 @@ other contents and, unless it agrees with the rows alone bit for bit, with noise
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +35,7 @@ import torch
 from pytest_lora.attach import ADAPTER_NAME
 from pytest_lora.checks.bits import how_different, is_routed, median_rms, rms
 from pytest_lora.errors import NotApplicable
+from pytest_lora.numerics.monte_carlo import rounding_noise
 from pytest_lora.probe import output_of
 from pytest_lora.records import Json, Measurement, Problem
 
@@ -446,7 +439,7 @@ def _bounds(runner: _Runner, arrangement: Arrangement, clean: torch.Tensor) -> d
     """By text, the RMS over positions and values of what rounding noise does to its rows."""
     squares: dict[int, list[float]] = {}
     for draw in range(_draws(runner, arrangement, clean)):
-        with _noise(runner.model, SEED + draw):
+        with rounding_noise(runner.model, SEED + draw):
             noisy = runner.run(arrangement.batch)
         for row in arrangement.rows:
             pair = (runner.real(output, arrangement, row) for output in (noisy, clean))
@@ -461,46 +454,3 @@ def _draws(runner: _Runner, arrangement: Arrangement, clean: torch.Tensor) -> in
     copies = sum(other.text == row.text for other in arrangement.rows)
     few = runner.real(clean, arrangement, row).numel() < FEW
     return -(-MORE_DRAWS // copies) if few else 1
-
-
-@contextlib.contextmanager
-def _noise(model: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Rounding noise at the inputs and outputs of every module that has parameters of its own."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def before(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_perturbed(item, 0, generator) for item in args)
-
-    def after(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        terms = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) else 1
-        if isinstance(output, tuple):
-            return tuple(_perturbed(item, terms, generator) for item in output)
-        return _perturbed(output, terms, generator)
-
-    handles = []
-    for module in model.modules():
-        # A table look-up rounds nothing.
-        if next(module.parameters(recurse=False), None) is not None and not isinstance(
-            module, torch.nn.Embedding
-        ):
-            handles += [module.register_forward_pre_hook(before)]
-            handles += [module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _perturbed(value: Any, terms: int, generator: torch.Generator) -> Any:
-    """``value`` moved by an ulp or so, and by what reordering sums of ``terms`` terms may do."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() == 0:
-        return value
-    wide = torch.promote_types(value.dtype, torch.float32)
-    exact, roundoff = value.to(wide), torch.finfo(value.dtype).eps / 2
-    spread = 2 * roundoff * exact.abs()
-    if terms:
-        single = min(roundoff, torch.finfo(torch.float32).eps / 2)  # sums are kept in float32
-        spread = spread + math.sqrt(terms) * single * exact.square().mean(-1, keepdim=True).sqrt()
-    noise = torch.randn(exact.shape, generator=generator, dtype=wide).to(exact.device)
-    return (exact + spread * noise).to(value.dtype)
