@@ -26,6 +26,7 @@ from pytest_lora.stats.wealth import SCREENED, log_wealth, screened_caps
 Array = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, int]], Array]
 TABLES = ("power", "catastrophes", "errors")
+CAPS = ("screened", "declared")
 ITEMS = 250_000
 """Values worked on at once: about 2 MB an array."""
 
@@ -172,7 +173,7 @@ def header(*cells: str) -> None:
 
 def errors_table(options: argparse.Namespace, declared: bool) -> None:
     """Wrong verdicts, AT_MOST above the limit / ABOVE below it."""
-    margins = (0.001, 0.05, 0.2, 0.5)
+    margins = options.margins
     kind = "declared" if declared else "screened"
     print(f"\n### Wrong verdicts, caps and floors {kind}, alpha {options.alpha}\n")
     print('Each cell: sets above the limit judged "at most" / sets below it judged "above".\n')
@@ -260,6 +261,8 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=2000, help="of 2,500 items or more")
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 500, 5000])
     parser.add_argument("--power-sizes", type=int, nargs="+", default=[500, 2000])
+    parser.add_argument("--margins", type=float, nargs="+", default=[0.001, 0.05, 0.2, 0.5])
+    parser.add_argument("--caps", nargs="+", default=CAPS, choices=CAPS)
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--alpha", type=float, default=0.001)
     parser.add_argument("--seed", type=int, default=1)
@@ -269,8 +272,8 @@ def main() -> None:
     if "catastrophes" in options.tables:
         catastrophe_table(options)
     if "errors" in options.tables:
-        errors_table(options, declared=False)
-        errors_table(options, declared=True)
+        for kind in options.caps:
+            errors_table(options, declared=kind == "declared")
 
 
 if __name__ == "__main__":

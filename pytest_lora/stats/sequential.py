@@ -216,6 +216,7 @@ class SequentialMean:
             "limit": self.limit,
             "estimate": self.estimate if self.used else None,
             "alpha": self.alpha,
+            "max_unseen": self.max_unseen,
             "verdict": None if verdict is None else str(verdict),
             "certain": self.certain,
             "p_at_most": self.p_at_most,
@@ -266,7 +267,7 @@ def _units(value: float) -> int:
 def _rejected_from(values: list[float], size: int, cap: float | None, level: float) -> float:
     """The lowest limit found at which "the mean is at least that" was rejected at ``level``.
 
-    By bisection, to a billionth of the spread of the values, on the rejected side.
+    By bisection, to a billionth of the spread of the values or the last bit, on the rejected side.
     """
     import numpy as np
 
@@ -288,5 +289,7 @@ def _rejected_from(values: list[float], size: int, cap: float | None, level: flo
         gone += step
     while gone - kept > 1e-9 * scale:
         middle = (kept + gone) / 2
+        if not kept < middle < gone:
+            break  # neighbours: the values hardly differ for their size
         kept, gone = (kept, middle) if rejected(middle) else (middle, gone)
     return gone

@@ -82,6 +82,14 @@ def test_the_interval_shrinks_onto_the_mean(options: dict[str, float]) -> None:
     assert ends[-1] == (gate.estimate, gate.estimate)
 
 
+def test_an_interval_of_values_that_hardly_differ_ends() -> None:
+    pytest.importorskip("numpy")
+    gate = SequentialMean(200, 0.0, alpha=0.1)
+    gate.extend(1e6 + 1e-9 * (i % 3) for i in range(100))
+    low, high = gate.interval(0.9)
+    assert 1e6 <= low <= high <= 1e6 + 1e-8
+
+
 def test_the_interval_and_the_verdict_agree() -> None:
     pytest.importorskip("numpy")
     gate = run(normal(2000, mean=-0.5), 0.0)
