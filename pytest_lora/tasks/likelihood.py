@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Likelihoods", "Scores"]
 
-BUDGET_ON_CPU = 32 << 20
+BUDGET_ON_CPU = 48 << 20
 """Bytes of logits and what is computed from them, at a time."""
 BUDGET_ELSEWHERE = 512 << 20
 """Likewise on an accelerator, where small products leave it idle."""
