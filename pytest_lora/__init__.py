@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_disable_equals_base as assert_disable_equals_base
     from pytest_lora.assertions import assert_finite_weights as assert_finite_weights
     from pytest_lora.assertions import assert_frozen_weights as assert_frozen_weights
+    from pytest_lora.assertions import (
+        assert_generation_diversity as assert_generation_diversity,
+    )
+    from pytest_lora.assertions import assert_generation_health as assert_generation_health
     from pytest_lora.assertions import assert_merge_equivalence as assert_merge_equivalence
     from pytest_lora.assertions import assert_merged_reload as assert_merged_reload
     from pytest_lora.assertions import assert_padding_invariance as assert_padding_invariance
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_requires_grad as assert_requires_grad
     from pytest_lora.assertions import assert_save_reload as assert_save_reload
     from pytest_lora.assertions import assert_serving_profile as assert_serving_profile
+    from pytest_lora.assertions import assert_task_accuracy as assert_task_accuracy
     from pytest_lora.assertions import assert_unmerge_restoration as assert_unmerge_restoration
     from pytest_lora.checks.base import measure_base_compatibility as measure_base_compatibility
     from pytest_lora.checks.config import (
@@ -39,6 +44,14 @@ if TYPE_CHECKING:
         measure_perplexity_drift as measure_perplexity_drift,
     )
     from pytest_lora.checks.frozen import measure_frozen_weights as measure_frozen_weights
+    from pytest_lora.checks.generation import (
+        measure_generation_diversity as measure_generation_diversity,
+    )
+    from pytest_lora.checks.generation import (
+        measure_generation_health as measure_generation_health,
+    )
+    from pytest_lora.checks.learning import measure_task_accuracy as measure_task_accuracy
+    from pytest_lora.checks.learning import measure_task_change as measure_task_change
     from pytest_lora.checks.merge import measure_merge_equivalence as measure_merge_equivalence
     from pytest_lora.checks.padding import measure_padding_invariance as measure_padding_invariance
     from pytest_lora.checks.reload import measure_merged_reload as measure_merged_reload
@@ -52,6 +65,8 @@ if TYPE_CHECKING:
     from pytest_lora.checks.unmerge import (
         measure_unmerge_restoration as measure_unmerge_restoration,
     )
+    from pytest_lora.data import SourceDomain as SourceDomain
+    from pytest_lora.data import TargetTask as TargetTask
     from pytest_lora.errors import CannotRun as CannotRun
     from pytest_lora.errors import CheckFailed as CheckFailed
     from pytest_lora.errors import LoraError as LoraError
@@ -65,6 +80,10 @@ if TYPE_CHECKING:
     from pytest_lora.settings import Settings as Settings
     from pytest_lora.subject import BaseModel as BaseModel
     from pytest_lora.subject import Subject as Subject
+    from pytest_lora.tasks.configure import task_from_config as task_from_config
+    from pytest_lora.tasks.formats import read_task as read_task
+    from pytest_lora.tasks.records import Task as Task
+    from pytest_lora.tasks.records import TaskItem as TaskItem
 
 # Where each public name lives; __getattr__ looks it up on first use.
 _HOMES = {
@@ -80,7 +99,11 @@ _HOMES = {
     "Outcome": "records",
     "Problem": "records",
     "Settings": "settings",
+    "SourceDomain": "data",
     "Subject": "subject",
+    "Task": "tasks.records",
+    "TaskItem": "tasks.records",
+    "TargetTask": "data",
     "UsageError": "errors",
     "assert_adapter_effect": "assertions",
     "assert_adapter_files": "assertions",
@@ -90,6 +113,8 @@ _HOMES = {
     "assert_disable_equals_base": "assertions",
     "assert_finite_weights": "assertions",
     "assert_frozen_weights": "assertions",
+    "assert_generation_diversity": "assertions",
+    "assert_generation_health": "assertions",
     "assert_merge_equivalence": "assertions",
     "assert_merged_reload": "assertions",
     "assert_padding_invariance": "assertions",
@@ -97,6 +122,7 @@ _HOMES = {
     "assert_requires_grad": "assertions",
     "assert_save_reload": "assertions",
     "assert_serving_profile": "assertions",
+    "assert_task_accuracy": "assertions",
     "assert_unmerge_restoration": "assertions",
     "measure_adapter_effect": "checks.effect",
     "measure_adapter_files": "checks.files",
@@ -106,6 +132,8 @@ _HOMES = {
     "measure_disable_equals_base": "checks.switching",
     "measure_finite_weights": "checks.finite",
     "measure_frozen_weights": "checks.frozen",
+    "measure_generation_diversity": "checks.generation",
+    "measure_generation_health": "checks.generation",
     "measure_merge_equivalence": "checks.merge",
     "measure_merged_reload": "checks.reload",
     "measure_padding_invariance": "checks.padding",
@@ -113,8 +141,12 @@ _HOMES = {
     "measure_requires_grad": "checks.trainable",
     "measure_save_reload": "checks.reload",
     "measure_serving_profile": "checks.serving",
+    "measure_task_accuracy": "checks.learning",
+    "measure_task_change": "checks.learning",
     "measure_unmerge_restoration": "checks.unmerge",
     "read_adapter": "adapter",
+    "read_task": "tasks.formats",
+    "task_from_config": "tasks.configure",
 }
 
 __all__ = sorted(_HOMES)

@@ -15,6 +15,7 @@ checks that have a bound to move.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ __all__ = [
     "assert_disable_equals_base",
     "assert_finite_weights",
     "assert_frozen_weights",
+    "assert_generation_diversity",
+    "assert_generation_health",
     "assert_merge_equivalence",
     "assert_merged_reload",
     "assert_padding_invariance",
@@ -47,6 +50,7 @@ __all__ = [
     "assert_requires_grad",
     "assert_save_reload",
     "assert_serving_profile",
+    "assert_task_accuracy",
     "assert_unmerge_restoration",
 ]
 
@@ -74,6 +78,10 @@ _ADVICE = {
     "unpadded until it is mended",
     "perplexity_drift": "train fewer steps or at a lower learning rate, mix in texts of the source "
     "domain, or accept the loss with a larger bound",
+    "task_accuracy": "look at the failing items in the details: a wrong prompt or answer format "
+    "shows there; else train longer, or on data that is closer to the task",
+    "generation_diversity": "train fewer steps or at a lower learning rate: sampled answers have "
+    "collapsed into one",
     "base_compatibility": "give the base model the adapter was trained on: --lora-base-model=PATH",
 }
 
@@ -323,7 +331,8 @@ def assert_perplexity_drift(
     Args:
         subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
         texts: a file, strings, or several of either by domain; each domain is held to the bound.
-        max_drift: the most by which the mean negative log-likelihood may rise, nats per token.
+        max_drift: the most by which the mean negative log-likelihood may rise, nats per token;
+            infinite for a report that only a drift that is no number fails.
         tokenizer: the base model's; None takes the one in its folder.
         options: as for :func:`~pytest_lora.checks.forgetting.measure_perplexity_drift`.
     """
@@ -333,15 +342,144 @@ def assert_perplexity_drift(
     limits = max_drift if isinstance(max_drift, Bound) else Bound.at_most(max_drift, "argument")
     if limits.high is None or limits.low is not None:
         raise UsageError("max_drift is an upper limit: a number of nats per token")
+    limit = limits.high if math.isfinite(limits.high) else None  # an infinite one: report only
     with _on(subject) as known:
         return _judge(
             "perplexity_drift",
             known.adapter.name,
             lambda: measure_perplexity_drift(
-                known, texts, tokenizer=tokenizer, max_drift=limits.high, **options
+                known, texts, tokenizer=tokenizer, max_drift=limit, **options
             ),
             limits,
+            part=_only_name(texts),
         )
+
+
+def _only_name(texts: Any) -> str:
+    """The name of a single domain that was given by name."""
+    return next(iter(texts)) if isinstance(texts, Mapping) and len(texts) == 1 else ""
+
+
+def assert_task_accuracy(
+    subject: Subject | torch.nn.Module,
+    task: Any,
+    *,
+    min_accuracy: Bound | float | None = None,
+    min_change: Bound | float | None = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Measurement:
+    """The adapted model gets enough of a task right, or enough in comparison with the base.
+
+    Exactly one of ``min_accuracy`` and ``min_change`` is judged.
+
+    Args:
+        subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
+        task: a :class:`~pytest_lora.tasks.records.Task`, or a file of items.
+        min_accuracy: the least mean score, 0 to 1; None takes the task's own.  A bound at minus
+            infinity reports the accuracy without judging it.
+        min_change: the least accuracy minus that of the base on the same items: -0.02 allows a
+            loss of two points, 0.1 asks for a gain of ten.
+        tokenizer: None takes the adapter folder's own, else the base model's.
+        options: as for :func:`~pytest_lora.checks.learning.measure_task_accuracy`, or
+            :func:`~pytest_lora.checks.learning.measure_task_change`.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import learning
+    from pytest_lora.tasks.formats import read_task
+    from pytest_lora.tasks.records import Task
+
+    if not isinstance(task, Task):
+        task = read_task(task)
+    if min_accuracy is not None and min_change is not None:
+        raise UsageError(
+            "min_accuracy and min_change are two questions: assert one after the other"
+        )
+    if min_change is None:
+        limits = _floor("min_accuracy", task.min_accuracy if min_accuracy is None else min_accuracy)
+        options["min_accuracy"] = limits.low if math.isfinite(limits.low or 0.0) else None
+        measure: Any = learning.measure_task_accuracy
+    else:
+        limits = _floor("min_change", min_change)
+        options["min_change"] = limits.low
+        measure = learning.measure_task_change
+    with _on(subject) as known:
+        return _judge(
+            "task_accuracy",
+            known.adapter.name,
+            lambda: measure(known, task, tokenizer=tokenizer, **options),
+            limits,
+            part=task.name,
+        )
+
+
+def assert_generation_health(
+    subject: Subject | torch.nn.Module,
+    prompts: Any,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Measurement:
+    """The adapted model ends its answers, does not loop, says something, and leaks no template.
+
+    Args:
+        subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
+        prompts: a task, a file of items, or texts.
+        tokenizer: None takes the adapter folder's own, else the base model's.
+        options: as for :func:`~pytest_lora.checks.generation.measure_generation_health`.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.generation import measure_generation_health
+
+    with _on(subject) as known:
+        return _judge(
+            "generation_health",
+            known.adapter.name,
+            lambda: measure_generation_health(known, prompts, tokenizer=tokenizer, **options),
+            Bound.at_most(0, _BY_DEFINITION),
+            part=getattr(prompts, "name", ""),
+        )
+
+
+def assert_generation_diversity(
+    subject: Subject | torch.nn.Module,
+    prompts: Any,
+    *,
+    tokenizer: Any = None,
+    bound: Bound | float | None = None,
+    **options: Any,
+) -> Measurement:
+    """Sampled answers still differ from each other, as the base model's do.
+
+    Args:
+        subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
+        prompts: a task, a file of items, or texts.
+        tokenizer: None takes the adapter folder's own, else the base model's.
+        bound: the least share of the base model's diversity (default: more than nothing).
+        options: as for :func:`~pytest_lora.checks.generation.measure_generation_diversity`.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.generation import measure_generation_diversity
+
+    limits = Bound.at_least(_NOTHING, "default") if bound is None else _floor("bound", bound)
+    with _on(subject) as known:
+        return _judge(
+            "generation_diversity",
+            known.adapter.name,
+            lambda: measure_generation_diversity(known, prompts, tokenizer=tokenizer, **options),
+            limits,
+            part=getattr(prompts, "name", ""),
+        )
+
+
+def _floor(name: str, limit: Bound | float | None) -> Bound:
+    """A lower limit, given as one or as a number."""
+    if limit is None:
+        raise UsageError(f"there is no floor to judge by: pass {name}=...")
+    bound = limit if isinstance(limit, Bound) else Bound.at_least(limit, "argument")
+    if bound.low is None or bound.high is not None:
+        raise UsageError(f"{name} is a lower limit")
+    return bound
 
 
 def _adapter(adapter: Adapter | Path | str) -> Adapter:
@@ -386,7 +524,7 @@ def _decide(
 
 
 def _judge(
-    check: str, adapter: str, measure: Callable[[], Measurement], limits: Bound
+    check: str, adapter: str, measure: Callable[[], Measurement], limits: Bound, *, part: str = ""
 ) -> Measurement:
     """Measure, judge, emit the result, and raise unless it passed."""
     __tracebackhide__ = True
@@ -394,11 +532,11 @@ def _judge(
     try:
         measurement = measure()
     except NotApplicable as reason:
-        emit(_undecided(check, adapter, Outcome.SKIPPED, str(reason), started))
+        emit(_undecided(check, adapter, Outcome.SKIPPED, str(reason), started, part))
         raise
     except CannotRun as reason:
         outcome = Outcome.SKIPPED if reason.missing else Outcome.ERROR
-        emit(_undecided(check, adapter, outcome, str(reason), started))
+        emit(_undecided(check, adapter, outcome, str(reason), started, part))
         raise
     outcome = limits.judge(measurement)
     result = CheckResult(
@@ -409,6 +547,7 @@ def _judge(
         measurement=measurement,
         bound=limits,
         seconds=time.perf_counter() - started,
+        part=part,
     )
     emit(result)
     if outcome is not Outcome.PASSED:
@@ -424,14 +563,18 @@ def _bound(check: str, bound: Bound | float | None) -> Bound:
         return bound
     if not spec.limit:
         return Bound.at_most(0, _BY_DEFINITION)
-    limit, origin = (spec.default or _NOTHING, "default") if bound is None else (bound, "argument")
+    if bound is not None:
+        limit, origin = bound, "argument"
+    else:
+        assert spec.default is not None, f"{check} is always given its bound"
+        limit, origin = spec.default, "default"
     if spec.limit == "at least":
-        return Bound.at_least(limit, origin)
-    return Bound.at_most(limit if bound is not None else spec.default, origin)
+        return Bound.at_least(limit or _NOTHING if bound is None else limit, origin)
+    return Bound.at_most(limit, origin)
 
 
 def _undecided(
-    check: str, adapter: str, outcome: Outcome, reason: str, started: float
+    check: str, adapter: str, outcome: Outcome, reason: str, started: float, part: str
 ) -> CheckResult:
     return CheckResult(
         check=check,
@@ -439,6 +582,7 @@ def _undecided(
         outcome=outcome,
         reason=reason,
         seconds=time.perf_counter() - started,
+        part=part,
     )
 
 

@@ -30,6 +30,12 @@ from pytest_lora.safetensors_header import (
 if TYPE_CHECKING:
     from pytest_lora.adapter import Adapter
 
+with warnings.catch_warnings():
+    # What libraries warn of while they import each other (bitsandbytes compiles something, torch
+    # deprecates what that takes) is not the adapter's doing.  Everything below needs PEFT anyway.
+    warnings.simplefilter("ignore")
+    import peft  # noqa: F401
+
 __all__ = [
     "BaseSpec",
     "Checkpoint",

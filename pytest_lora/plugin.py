@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import pytest
 from pytest_lora import fixtures
 from pytest_lora._argv import join_values
 from pytest_lora.errors import CannotRun, CheckFailed, LoraError, NotApplicable, UsageError
-from pytest_lora.fixtures import RUN
+from pytest_lora.fixtures import PARTS, RUN
 from pytest_lora.settings import Layer, ini_name, option_name, table
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini(ini_name(name), setting.help, type=setting.ini, default=None)  # type: ignore[arg-type]
     group.addoption(
         "--lora-list-checks", action="store_true", help="list the checks of the suite and exit"
+    )
+    group.addoption(
+        "--lora-init",
+        action="store_true",
+        help="write a commented lora.toml for the adapters given, and exit",
     )
 
 
@@ -149,11 +155,25 @@ def _holds_code(folder: Path) -> bool:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if _MENDED in config.stash:
         return _start_over(config, *config.stash[_MENDED])
-    if not config.getoption("--lora-list-checks"):
-        return None
-    from pytest_lora.report.text import check_list
+    if config.getoption("--lora-list-checks"):
+        from pytest_lora.report.text import check_list
 
-    print(check_list())
+        print(check_list())
+        return 0
+    return _init_profile(config) if config.getoption("--lora-init") else None
+
+
+def _init_profile(config: pytest.Config) -> int:
+    from pytest_lora.init_profile import write_profile
+    from pytest_lora.profile import FILE_NAME
+
+    with _as_usage_error():
+        run = _make_run(config)
+        path = run.start / (run.settings.profile or run.root / FILE_NAME)
+        if not run.locate():
+            raise UsageError("--lora-init: name the adapters to write a profile for")
+        write_profile(path, [run.adapter(name) for name in run.locate()])
+    print(f"wrote {path}")
     return 0
 
 
@@ -257,8 +277,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         path for mark in metafunc.definition.iter_markers("lora_adapter") for path in mark.args
     ]
     names = marked or list(run.locate())
-    if names:
-        metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
+    part = next((name for name in PARTS if name in metafunc.fixturenames), None)
+    if part is None:
+        if names:
+            metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
+        return
+    with _as_usage_error():
+        pairs = [(name, entry) for name in names for entry in _parts(metafunc, part, name)]
+    if pairs:
+        ids = [f"{name}:{entry}" for name, entry in pairs]
+        metafunc.parametrize(("lora_adapter", part), pairs, ids=ids, indirect=True)
+
+
+def _parts(metafunc: pytest.Metafunc, part: str, adapter: str) -> Iterable[str]:
+    """The entries of the profile that a fixture of an adapter goes through."""
+    from pytest_lora.collection import is_left_out
+
+    run = metafunc.config.stash[RUN]
+    if part == "lora_written_task" and not is_left_out(metafunc.definition, run):
+        return run.written_tasks(adapter)  # reads the tasks
+    return [entry.name for entry in run.entries(PARTS[part], adapter)]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -295,6 +333,16 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
         config.stash[_PLAN] = SuitePlan.of(ids)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    run = config.stash[RUN]
+    if config.getvalue("dist") != "loadgroup" or not run.settings.adapter:
+        return None
+    from pytest_lora.distribution import GroupByBase, base_of
+
+    return GroupByBase(config, log, partial(base_of, run))
+
+
 # ---------------------------------------------------------------------------------------- running
 
 
@@ -313,9 +361,9 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     if not _is_ours(item):
         return (yield)
-    from pytest_lora.running import watch
+    from pytest_lora.running import showing_progress, watch
 
-    with watch(item, "call"):
+    with watch(item, "call"), showing_progress(item):
         return (yield)
 
 
@@ -382,7 +430,7 @@ class _Collected:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         run = self.config.stash[RUN]
-        if _PLAN in self.config.stash:
+        if _PLAN in self.config.stash and not self.config.getoption("collectonly"):
             self.results += self.config.stash[_PLAN].not_run(self.results)
         self.results.sort(key=run.planned_order)
         if run.settings.report is not None and (self.results or run.settings.adapter):

@@ -10,20 +10,18 @@ profile key ``<name>``.  Values are taken from the first place that has one --
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, expand_selection, find_check
 from pytest_lora.errors import UsageError
+from pytest_lora.quantities import parse_drift
 from pytest_lora.records import Bound
 
 __all__ = [
     "Layer",
-    "Profile",
     "Setting",
     "Settings",
     "bound_for",
@@ -52,6 +50,7 @@ class Setting:
         per_adapter: may differ between adapters (profile sections).
         ini: type of the ini key, as pytest names it.
         path: a relative path in an ini file is meant relative to that file.
+        schema: JSON Schema of the profile key, for editors; only where ``per_adapter``.
     """
 
     help: str
@@ -62,6 +61,7 @@ class Setting:
     per_adapter: bool = False
     ini: str = "string"
     path: bool = False
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string", "minLength": 1})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +153,29 @@ def _limit(value: Any) -> float:
     return number
 
 
+_WORDS = {"type": ["string", "array"], "items": {"type": "string"}}
+_LIMIT = {"type": "number", "minimum": 0}
+_SEED = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
+_SEEDS = {"anyOf": [_SEED, {"type": "array", "items": _SEED, "minItems": 1}]}
+
+
+def _probability(value: Any) -> float:
+    try:
+        number = _limit(value)
+    except ValueError:
+        number = 1.0
+    if not 0 < number < 0.5:
+        raise ValueError("a probability above 0 and below 0.5")
+    return number
+
+
+def _seed(value: Any) -> int:
+    [seed, *more] = _seeds(value)
+    if more:
+        raise ValueError("one whole number from 0 to 4294967295")
+    return seed
+
+
 def _setting(default: Any, parse: Callable[[Any], Any], summary: str, **how: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(summary, parse, **how)})
 
@@ -192,6 +215,7 @@ class Settings:
         f"dtype to load the base model in: {', '.join(DTYPES)} (default: auto, the checkpoint's)",
         metavar="DTYPE",
         per_adapter=True,
+        schema={"enum": [*DTYPES, *_SHORT_DTYPES]},
     )
     checks: tuple[str, ...] = _setting(
         (),
@@ -211,11 +235,13 @@ class Settings:
         many=True,
         ini="linelist",
         per_adapter=True,
+        schema=_WORDS,
     )
     profile: str | None = _setting(
         None,
         _text,
-        "TOML file with settings per adapter (docs/settings.md)",
+        "TOML file with settings per adapter, source domains and tasks (default: lora.toml in the "
+        "root directory, if it is there; docs/settings.md)",
         metavar="FILE",
         path=True,
     )
@@ -238,6 +264,7 @@ class Settings:
         "(default: fail)",
         metavar="WHAT",
         per_adapter=True,
+        schema={"enum": ["fail", "note"]},
     )
     scaling: float | None = _setting(
         None,
@@ -246,10 +273,17 @@ class Settings:
         "(default: reported, not judged)",
         metavar="SCALING",
         per_adapter=True,
+        schema=_LIMIT,
         ini="float",
     )
     safe_merge: bool = _setting(
-        False, _flag, "merge with PEFT's safe_merge", flag=True, per_adapter=True, ini="bool"
+        False,
+        _flag,
+        "merge with PEFT's safe_merge",
+        flag=True,
+        per_adapter=True,
+        schema={"type": "boolean"},
+        ini="bool",
     )
     cycles: int = _setting(
         3,
@@ -257,6 +291,7 @@ class Settings:
         "merge and unmerge cycles of unmerge_restoration (default: 3)",
         metavar="N",
         per_adapter=True,
+        schema={"type": "integer", "minimum": 1},
         ini="int",
     )
     hash_seeds: tuple[int, ...] = _setting(
@@ -265,6 +300,7 @@ class Settings:
         "values of PYTHONHASHSEED to reload the adapter under (default: 0)",
         metavar="SEEDS",
         per_adapter=True,
+        schema=_SEEDS,
     )
     process_timeout: int = _setting(
         600,
@@ -272,6 +308,49 @@ class Settings:
         "seconds a fresh process may take for one job (default: 600)",
         metavar="SECONDS",
         ini="int",
+    )
+    error_rate: float = _setting(
+        0.001,
+        _probability,
+        "probability, for all source domains and tasks of an adapter together, that an early "
+        "verdict on data is not that of all of it (default: 0.001)",
+        metavar="RATE",
+        ini="float",
+    )
+    full_eval: bool = _setting(
+        False, _flag, "evaluate all data, also where a verdict is early", flag=True, ini="bool"
+    )
+    order_seed: int = _setting(
+        0,
+        _seed,
+        "seed of the order in which data is evaluated (default: 0)",
+        metavar="SEED",
+        ini="int",
+    )
+    cache_dir: str | None = _setting(
+        None,
+        _text,
+        "folder to keep the base model's likelihoods and finished items in (default: "
+        "$PYTEST_LORA_CACHE, or pytest-lora in the user's cache folder)",
+        metavar="DIR",
+        path=True,
+    )
+    cache_size: int = _setting(
+        256,
+        _count,
+        "MiB the cache may hold; what was unused for longest goes first (default: 256)",
+        metavar="MIB",
+        ini="int",
+    )
+    no_cache: bool = _setting(
+        False, _flag, "keep and use nothing from one run to the next", flag=True, ini="bool"
+    )
+    allow_code_execution: bool = _setting(
+        False,
+        _flag,
+        "run the programs a model writes for HumanEval, each in a sandbox of its own",
+        flag=True,
+        ini="bool",
     )
     bounds: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -302,12 +381,16 @@ def _of(item: Field[Any]) -> Setting:
 
 def _bound_setting(spec: CheckSpec) -> Setting:
     default = f"{spec.default:g}" if spec.default else "more than nothing"
+    if spec.default is None:
+        default = "reported, not judged"
+    drift = spec.unit == "nats per token"
     return Setting(
         help=f"bound of {spec.id}: {spec.limit} this much ({spec.unit}; default: {default})",
-        parse=_limit,
+        parse=parse_drift if drift else _limit,
         metavar="LIMIT",
         per_adapter=True,
-        ini="float",
+        schema={"type": ["number", "string"]} if drift else _LIMIT,
+        ini="string" if drift else "float",
     )
 
 
@@ -343,6 +426,8 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     import difflib  # only for a message
 
     if name in {spec.id for spec in CHECKS}:
+        if find_check(name).per:
+            return f"the bound of {name!r} is set where its data is declared, in a profile"
         return f"the check {name!r} has no bound to move: it counts faults, and allows none"
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean {close[0]!r}?" if close else "docs/settings.md lists them"
@@ -385,78 +470,3 @@ def bound_for(settings: Settings, check: str) -> Bound | None:
         return None
     maker = Bound.at_least if find_check(check).limit == "at least" else Bound.at_most
     return maker(limit, settings.origin(check))
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Settings for groups of adapters, read from a TOML file.
-
-    The table ``[defaults]`` holds for every adapter, ``[adapters."PATTERN"]`` for those whose name
-    matches the shell pattern.  Sections apply in the order of the file, later ones win.
-    """
-
-    path: Path
-    defaults: Mapping[str, Any]
-    sections: tuple[tuple[str, Mapping[str, Any]], ...]
-
-    @classmethod
-    def read(cls, path: Path) -> Profile:
-        """Read and validate a profile; raises UsageError naming the file and what is wrong."""
-        data = _read_toml(path)
-        unknown = sorted(set(data) - {"defaults", "adapters"})
-        if unknown:
-            raise UsageError(f"{path}: unknown table [{unknown[0]}]; {_TABLES}")
-        adapters = _as_table(path, "adapters", data.get("adapters", {}))
-        profile = cls(
-            path,
-            _as_table(path, "defaults", data.get("defaults", {})),
-            tuple((name, _as_table(path, name, values)) for name, values in adapters.items()),
-        )
-        profile._validate()
-        return profile
-
-    def layers(self, adapter: str) -> list[Layer]:
-        """What the profile says about the adapter of that name, weakest first."""
-        matching = [
-            values for pattern, values in self.sections if fnmatch.fnmatch(adapter, pattern)
-        ]
-        return [Layer(self._anchored(values), self._spell) for values in [self.defaults, *matching]]
-
-    def _anchored(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """``values`` with paths taken relative to the profile, where something is there."""
-        paths = {name for name, setting in table() if setting.path}
-        return {
-            name: self._found(value) if name in paths else value for name, value in values.items()
-        }
-
-    def _found(self, value: Any) -> Any:
-        here = self.path.parent / value if isinstance(value, str) else None
-        return str(here) if here is not None and here.exists() else value
-
-    def _spell(self, name: str) -> str:
-        return f"{name} in {self.path}"
-
-    def _validate(self) -> None:
-        for values in [self.defaults, *(values for _, values in self.sections)]:
-            require_per_adapter(values, self._spell)
-            resolve([Layer(values, self._spell)])
-
-
-_TABLES = 'a profile has [defaults] and [adapters."PATTERN"]'
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    import tomllib  # only runs with a profile need it
-
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the profile: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from None
-
-
-def _as_table(path: Path, name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{path}: {name!r} must be a table; {_TABLES}")
-    return value

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_lora.tasks.likelihood import Likelihoods
     from pytest_lora.tasks.texts import Texts
 
-__all__ = ["Collection", "Document", "Evaluation", "identity"]
+__all__ = ["Collection", "Document", "Evaluation", "identity", "model_identity"]
 
 FORMAT = 1
 """Of what is in the cache: counted up when the computation changes."""
@@ -214,16 +214,24 @@ def _counts(likelihoods: Likelihoods, texts: Texts, cache: NllCache) -> array.ar
 
 def identity(likelihoods: Likelihoods) -> tuple[dict[str, Json], str]:
     """All that the base's likelihoods depend on besides the texts, and the adapter's digest."""
-    subject = likelihoods.subject
+    models, adapter = model_identity(likelihoods.subject)
     common: dict[str, Json] = {
         "format": FORMAT,
-        "base": _base_digest(subject),
+        **models,
         "definition": likelihoods.definition.to_dict(),
         "rows": likelihoods.rows,
+    }
+    return common, adapter
+
+
+def model_identity(subject: Subject) -> tuple[dict[str, Json], str]:
+    """All that the base model's arithmetic depends on, and the adapter's digest."""
+    base: dict[str, Json] = {
+        "base": _base_digest(subject),
         "device": _device_kind(subject.base.device),
         "versions": _versions("torch", "transformers", "peft"),
     }
-    return common, _adapter_digest(subject.adapter)
+    return base, _adapter_digest(subject.adapter)
 
 
 def _base_digest(subject: Subject) -> str:

@@ -26,7 +26,7 @@ from pytest_lora.settings import option_name, table
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("fixtures/*.md")])
 IDS = [spec.id for spec in CHECKS]
-OPTIONS = {option_name(name) for name, _ in table()} | {"--lora-list-checks"}
+OPTIONS = {option_name(name) for name, _ in table()} | {"--lora-list-checks", "--lora-init"}
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.S | re.M
 )
@@ -126,7 +126,8 @@ def profile_example() -> Block:
 
 
 def test_the_profile_example_means_what_it_says(tmp_path: Path) -> None:
-    from pytest_lora.settings import Profile, resolve
+    from pytest_lora.profile import Profile
+    from pytest_lora.settings import resolve
 
     path = tmp_path / "lora.toml"
     path.write_text(profile_example().code, encoding="utf-8")
@@ -229,14 +230,37 @@ def test_options_and_links_exist(page: Path) -> None:
     assert not dead
 
 
-def test_the_table_of_settings_is_the_code() -> None:
-    spec = importlib.util.spec_from_file_location("maker", ROOT / "docs" / "make_settings_table.py")
+def maker(name: str) -> Any:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    text = maker.PAGE.read_text(encoding="utf-8")
-    assert text == maker.filled(text), "run python docs/make_settings_table.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_settings_is_the_code() -> None:
+    made = maker("make_settings_table")
+    text = made.PAGE.read_text(encoding="utf-8")
+    assert text == made.filled(text), "run python docs/make_settings_table.py"
+
+
+def test_the_schema_of_profiles_is_the_code() -> None:
+    made = maker("make_profile_schema")
+    text = made.FILE.read_text(encoding="utf-8")
+    assert text == made.text(), "run python docs/make_profile_schema.py"
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("toml") if "[tool." not in b.code], ids=str)
+def test_profile_examples_fit_reader_and_schema(block: Block, tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from pytest_lora.profile import Profile
+
+    jsonschema.validate(tomllib.loads(block.code), maker("make_profile_schema").schema())
+    path = tmp_path / "lora.toml"
+    path.write_text(block.code, encoding="utf-8")
+    Profile.read(path)
 
 
 @pytest.mark.parametrize("check", IDS)

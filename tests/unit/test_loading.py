@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -413,7 +414,12 @@ def test_a_quantised_base_loads_as_configured_or_says_why(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (copied / "config.json").write_text(json.dumps(config))
-    assert "as AutoModelForCausalLM" in refusal(copied)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        assert "as AutoModelForCausalLM" in refusal(copied)
+        return
+    base = load_base(copied, adapter=described(copied, task_type="CAUSAL_LM"), device="cpu")
+    kinds = {type(module).__name__ for module in base.module.modules()}
+    assert "Linear4bit" in kinds
 
 
 # ---------------------------------------------------------------------------- quiet

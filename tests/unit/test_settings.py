@@ -13,11 +13,11 @@ import pytest
 
 from pytest_lora.catalog import CHECKS, Need
 from pytest_lora.errors import UsageError
+from pytest_lora.profile import Profile
 from pytest_lora.records import Bound
 from pytest_lora.run import Run
 from pytest_lora.settings import (
     Layer,
-    Profile,
     Setting,
     Settings,
     bound_for,
@@ -71,7 +71,7 @@ def test_the_strongest_place_wins_and_is_named(
     marker = layer("marker", **{name: values["marker"]}) if "marker" in given else None
     settings = run.settings_for("adapters/a", marker)
     strongest = given[-1] if given else None
-    origin = {"profile": f"{name} in {path}", None: "default"}
+    origin = {"profile": f"{name} in {path}:2", None: "default"}
     assert settings.origin(name) == origin.get(strongest, f"{strongest}:{name}")
     if name == "cycles":
         assert settings.cycles == (values[strongest] if strongest else 3)
@@ -296,10 +296,11 @@ cycles = 6
 def test_matching_sections_apply_in_order(
     tmp_path: Path, adapter: str, cycles: int, target: tuple[str, ...]
 ) -> None:
+    line = 1 + SOUND.splitlines().index(f"cycles = {cycles}")
     settings = resolve(profile(tmp_path, SOUND).layers(adapter))
     assert (settings.cycles, settings.target) == (cycles, target)
     assert settings.bounds == {"merge_equivalence": 2.0}
-    assert settings.origin("cycles") == f"cycles in {tmp_path / 'lora.toml'}"
+    assert settings.origin("cycles") == f"cycles in {tmp_path / 'lora.toml'}:{line}"
 
 
 def test_an_empty_profile_says_nothing(tmp_path: Path) -> None:
@@ -317,7 +318,7 @@ def test_a_base_model_in_a_profile_is_found_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cycles = 3", r"unknown table \[cycles\]; a profile has \[defaults\] and"),
+        ("cycles = 3", r":1: unknown table \[cycles\]; a profile has \[defaults\], \[sources"),
         ("[default]\ncycles = 3", r"unknown table \[default\]"),
         ("defaults = 3", "'defaults' must be a table"),
         ("adapters = 3", "'adapters' must be a table"),

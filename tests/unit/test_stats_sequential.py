@@ -82,6 +82,14 @@ def test_the_interval_shrinks_onto_the_mean(options: dict[str, float]) -> None:
     assert ends[-1] == (gate.estimate, gate.estimate)
 
 
+def test_an_interval_of_values_that_hardly_differ_ends() -> None:
+    pytest.importorskip("numpy")
+    gate = SequentialMean(200, 0.0, alpha=0.1)
+    gate.extend(1e6 + 1e-9 * (i % 3) for i in range(100))
+    low, high = gate.interval(0.9)
+    assert 1e6 <= low <= high <= 1e6 + 1e-8
+
+
 def test_the_interval_and_the_verdict_agree() -> None:
     pytest.importorskip("numpy")
     gate = run(normal(2000, mean=-0.5), 0.0)
@@ -183,6 +191,18 @@ def test_max_unseen_waits_for_more_items() -> None:
     assert early.used < late.used < 2000
     assert float(late.evidence()["unseen_above_cap"] or 0) <= 0.01
     assert float(early.evidence()["unseen_above_cap"] or 0) > 0.01
+
+
+def test_evidence_that_a_catastrophe_undid_is_not_called_upon_later() -> None:
+    """While few enough may lie unseen, what counts is the wealth at that time, not once before."""
+    values = [value / 5 for value in normal(600)]
+    for i in (300, 310, 320, 330, 340, 350):
+        values[i] += 50
+    limit = sum(values) / 600 - 0.001
+    assert run(values, limit).verdict is Verdict.AT_MOST
+    careful = run(values, limit, max_unseen=0.01)
+    assert careful.verdict is Verdict.ABOVE
+    assert careful.used > 300
 
 
 def test_the_unseen_share_is_rarely_understated() -> None:

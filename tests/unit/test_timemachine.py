@@ -73,7 +73,7 @@ def test_the_page_is_of_these_cases() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
     assert len(rows) == len(CASES)
     for case, row in zip(CASES, rows, strict=True):
-        assert row.startswith(f"| {case.name}: {case.fault}".replace("|", "\\|"))
+        assert row.startswith("| " + f"{case.name}: {case.fault}".replace("|", "\\|"))
         assert ("**remarked**" if case.remarked else "**caught**") in row
         assert "**passed**" in row or "**not applicable**" in row
 
