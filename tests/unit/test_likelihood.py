@@ -116,7 +116,7 @@ def test_tokens_only_one_model_knows_are_left_out_of_the_divergence() -> None:
 def test_rows_shrink_as_the_vocabulary_grows(vocabulary: int) -> None:
     budget = 16 << 20
     rows = rows_within(budget, vocabulary, torch.bfloat16)
-    assert rows * vocabulary * 4 * 5 <= budget < (rows + 1) * vocabulary * 4 * 5
+    assert rows * vocabulary * 4 * 4 <= budget < (rows + 1) * vocabulary * 4 * 4
     assert rows_within(10, vocabulary, torch.float32) == 1
 
 
@@ -388,7 +388,7 @@ def test_full_logits_never_exist(tmp_path: Path) -> None:
     base.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape[-2]))
     adapter = tiny.save_adapter(tiny.llama(vocab_size=5000), tmp_path)
     subject = Subject(adapter, BaseModel.from_module(base, tokenizer=TOKENIZER))
-    budget = 5000 * 4 * 5 * 6
+    budget = 5000 * 4 * 4 * 6
     likelihoods = Likelihoods(subject, TOKENIZER, define(subject, TOKENIZER), budget=budget)
     seen.clear()
     found = likelihoods.score(documents(2, low=300, high=400), divergence=True)
