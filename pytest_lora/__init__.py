@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         assert_config_matches_weights as assert_config_matches_weights,
     )
     from pytest_lora.assertions import assert_disable_equals_base as assert_disable_equals_base
+    from pytest_lora.assertions import assert_dtype_stability as assert_dtype_stability
     from pytest_lora.assertions import assert_finite_weights as assert_finite_weights
     from pytest_lora.assertions import assert_frozen_weights as assert_frozen_weights
     from pytest_lora.assertions import assert_merge_equivalence as assert_merge_equivalence
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pytest_lora.checks.reload import measure_merged_reload as measure_merged_reload
     from pytest_lora.checks.reload import measure_save_reload as measure_save_reload
     from pytest_lora.checks.serving import measure_serving_profile as measure_serving_profile
+    from pytest_lora.checks.stability import measure_dtype_stability as measure_dtype_stability
     from pytest_lora.checks.switching import measure_adapter_isolation as measure_adapter_isolation
     from pytest_lora.checks.switching import (
         measure_disable_equals_base as measure_disable_equals_base,
@@ -84,6 +86,7 @@ _HOMES = {
     "assert_base_compatibility": "assertions",
     "assert_config_matches_weights": "assertions",
     "assert_disable_equals_base": "assertions",
+    "assert_dtype_stability": "assertions",
     "assert_finite_weights": "assertions",
     "assert_frozen_weights": "assertions",
     "assert_merge_equivalence": "assertions",
@@ -99,6 +102,7 @@ _HOMES = {
     "measure_base_compatibility": "checks.base",
     "measure_config_matches_weights": "checks.config",
     "measure_disable_equals_base": "checks.switching",
+    "measure_dtype_stability": "checks.stability",
     "measure_finite_weights": "checks.finite",
     "measure_frozen_weights": "checks.frozen",
     "measure_merge_equivalence": "checks.merge",
