@@ -147,6 +147,16 @@ CHECKS: tuple[CheckSpec, ...] = (
         unit=_BOUND_UNIT,
     ),
     CheckSpec(
+        "dtype_stability",
+        "Does the adapter do the same in bfloat16 and float16 as in float32?",
+        Need.FORWARD,
+        "minutes",
+        after=_LOADS,
+        limit="at most",
+        default=1.0,
+        unit=_BOUND_UNIT,
+    ),
+    CheckSpec(
         "merge_equivalence",
         "Is the merged model the adapted model, up to unavoidable rounding?",
         Need.FORWARD,
