@@ -140,7 +140,8 @@ _PEFT_LINES: Mapping[str, str] = {
     "unmerge": "model.unmerge_adapter()",
     "disable": "model.base_model.disable_adapter_layers()",
     "enable": "model.base_model.enable_adapter_layers()",
-    "activate": "model.base_model.set_adapter({0!r})",
+    "activate": "model.set_adapter({0!r})",
+    "activate several": "model.base_model.set_adapter({0!r})",
     "delete": "model.delete_adapter({0!r})",
     "scale": (
         "for layer in model.modules():\n"
@@ -203,6 +204,8 @@ class Peft(Dialect):
             code = self.config(replace(case, options=kept))
             trial.run(f"model.add_adapter({name!r}, {code})\nmodel.eval()")
             return
+        if operation == "activate" and isinstance(args[0], list):
+            operation = "activate several"
         if operation not in _PEFT_LINES:
             raise NotApplicable(f"PEFT has no {operation}")
         trial.run(_PEFT_LINES[operation].format(*args))

@@ -25,7 +25,7 @@ Adapters = Sequence[Mapping[str, Term]]
 
 _BY_DESIGN = re.compile(
     r"not (?:yet )?(?:supported|implemented)|unsupported|only supports?|does(?:n't| not) support|"
-    r"supports only|cannot|can't|can only|incompatible|not compatible|impossible|has no bias",
+    r"supports only|cannot|can't|can only|incompatible|not compatible|impossible|has no bias|please run",
     re.IGNORECASE,
 )
 

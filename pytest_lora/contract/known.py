@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pytest_lora.peft_tables import minor_version
 
@@ -35,7 +36,7 @@ class Known:
     """
 
     law: str
-    methods: Sequence[str]
+    methods: tuple[str, ...]
     shows: str
     why: str
     thread: str = ""
@@ -63,5 +64,5 @@ class Known:
 @cache
 def known_deviations() -> tuple[Known, ...]:
     """All entries of the file."""
-    entries: Sequence[Mapping[str, str]] = json.loads(_FILE.read_text(encoding="utf-8"))
-    return tuple(Known(**entry) for entry in entries)  # type: ignore[arg-type]
+    entries: Sequence[Mapping[str, Any]] = json.loads(_FILE.read_text(encoding="utf-8"))
+    return tuple(Known(**{**entry, "methods": tuple(entry["methods"])}) for entry in entries)

@@ -70,7 +70,7 @@ _LEFT_OUT = {"boft_block_num", "r_pattern"}
 _STEPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eva": ((), ("peft.initialize_lora_eva_weights(model, [x], forward_fn=lambda m, x: m(x), "
                  "prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, "
-                 "show_progress_bar=False)",)),
+                 "adapter_name='one', show_progress_bar=False)",)),
     "corda": (("from peft.tuners.lora.corda import preprocess_corda",
                "preprocess_corda(net, config, run_model=lambda: net(x))"), ()),
     "lora_ga": (("from peft import preprocess_loraga",
