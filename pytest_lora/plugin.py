@@ -181,7 +181,6 @@ def pytest_configure(config: pytest.Config) -> None:
             run.locate()
             _require_writable(run)
 
-
     _add_contract(config)
 
 
@@ -191,8 +190,8 @@ def _add_contract(config: pytest.Config) -> None:
         return
     if value and ":" not in value:
         raise pytest.UsageError(
-            f"--lora-contract takes package.module:Class after a = sign, or nothing, got {value!r}; "
-            "write test paths before the option"
+            "--lora-contract takes package.module:Class after a = sign, or nothing, got "
+            f"{value!r}; write test paths before the option"
         )
     try:
         from pytest_lora.contract_suite import ContractPlugin

@@ -177,7 +177,7 @@ def tiny_models(
 ) -> TinyModel:
     """Recipes for tiny models of ``families``, in float32 unless ``dtype`` says otherwise."""
     chosen = draw(st.sampled_from(list(families)))
-    return TinyModel(chosen, draw(seeds()), draw(dtype) if dtype else torch.float32)
+    return TinyModel(chosen, draw(seeds()), torch.float32 if dtype is None else draw(dtype))
 
 
 # ------------------------------------------------------------------------------ configurations
@@ -212,7 +212,7 @@ def patterns(names: Sequence[str], values: st.SearchStrategy[int]) -> st.SearchS
 
 @st.composite
 def lora_configs(
-    draw: st.DrawFn, model: nn.Module, *, rewriting: bool = False, **fixed: Any
+    draw: st.DrawFn, /, model: nn.Module, *, rewriting: bool = False, **fixed: Any
 ) -> LoraConfig:
     """Configurations PEFT accepts for ``model``.
 
@@ -232,7 +232,6 @@ def lora_configs(
         "r": r,
         "lora_alpha": draw(alphas(r)),
         "target_modules": targets,
-        "use_rslora": draw(st.booleans()),
         "bias": draw(biases()),
         "lora_dropout": draw(st.sampled_from([0.0, 0.1])),
         "init_lora_weights": draw(_initialisations_for(kinds, rewriting)),
@@ -241,8 +240,9 @@ def lora_configs(
     }
     if "convolution" not in kinds:
         options["rank_pattern"] = draw(patterns(targets, ranks()))
-    plain = options["init_lora_weights"] in (True, False, "gaussian")
+    plain = options["init_lora_weights"] not in _REWRITING
     options["use_dora"] = plain and kinds <= {"linear", "conv1d"} and draw(st.booleans())
+    options["use_rslora"] = plain and draw(st.booleans())  # else PEFT advises against patterns
     return LoraConfig(**{**options, **fixed})
 
 
@@ -278,7 +278,7 @@ def adapter_folders(
         )
     )
     r = draw(ranks())
-    kept = draw(dtype) if dtype else torch.float32
+    kept = torch.float32 if dtype is None else draw(dtype)
     sizes = {leaf: draw(shapes()) for leaf in leaves}
     seed = draw(seeds())
     tensors: dict[str, torch.Tensor] = {}

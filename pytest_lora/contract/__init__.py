@@ -1,1 +1,1 @@
-"""Laws that code for LoRA keeps, held against an implementation by Hypothesis (docs/contract.md)."""
+"""Laws that code for LoRA keeps, held against it by Hypothesis (docs/contract.md)."""

@@ -1,7 +1,7 @@
 """One method and one law: the property test of it, and what came of it.
 
-    for cell in contract_cells(MyLora):
-        print(try_cell(cell, examples=20))
+for cell in contract_cells(MyLora):
+    print(try_cell(cell, examples=20))
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -143,7 +143,7 @@ class Cell:
             self.reasons.append(str(reason))
             return
         machine = machine_for(self.dialect, cases, self._excuse)
-        run_state_machine_as_test(machine, settings=options)  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(machine, settings=options)
         self.decided += 1
 
     def _excuse(self, broken: ContractBroken) -> bool:
@@ -161,10 +161,10 @@ class Cell:
                 if item.concerns(self.law, self.method, peft.__version__):
                     yield item
 
-    def verdict(self, failure: BaseException | None = None) -> Verdict:
+    def verdict(self, failure: Exception | None = None) -> Verdict:
         """What came of it, after the function ran, or raised ``failure``."""
         if failure is not None:
-            text = failure.found if isinstance(failure, ContractBroken) else one_line(failure)  # type: ignore[arg-type]
+            text = failure.found if isinstance(failure, ContractBroken) else one_line(failure)
             return Verdict(self.method, self.law, Result.FAIL, text)
         if not self.decided and not self.seen:
             reason = self.reasons[0] if self.reasons else "it is not tried on this network"
@@ -181,7 +181,7 @@ def law_ids() -> list[str]:
 
 
 def contract_cells(implementation: str | type | None = None) -> list[Cell]:
-    """The cells of the installed PEFT, or of an implementation: a class, or ``package.module:Class``.
+    """The cells of the installed PEFT, or of a class (itself, or ``package.module:Class``).
 
     Raises:
         UsageError: there is no such class, or it lacks ``attach`` or ``factors``.
@@ -199,11 +199,12 @@ def contract_cells(implementation: str | type | None = None) -> list[Cell]:
     ]
 
 
-def try_cell(cell: Cell, *, examples: int = 20) -> Verdict:
-    """Run one cell outside any test runner."""
+def try_cell(cell: Cell, *, examples: int = 20, shrink: bool = True) -> Verdict:
+    """Run one cell outside any test runner; without ``shrink`` a failure is not made minimal."""
+    phases = [phase for phase in Phase if shrink or phase is Phase.generate]
     try:
-        cell.function(settings(max_examples=examples))()
-    except (ContractBroken, Exception) as failure:
+        cell.function(settings(max_examples=examples, database=None, phases=phases))()
+    except Exception as failure:
         return cell.verdict(failure)
     return cell.verdict()
 
@@ -214,7 +215,8 @@ def assert_contract(
     """Hold a class against the contract; returns a verdict for each law.
 
     Args:
-        implementation: the class, or ``package.module:Class`` (docs/contract.md says what it needs).
+        implementation: the class, or ``package.module:Class``; docs/contract.md says what it
+            needs.
         laws: ids of laws; all of them if None.
         examples: how many to try of each.
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-
 from pytest_lora.contract.methods import Method
 from pytest_lora.contract.networks import NETWORKS, Network
 from pytest_lora.contract.trial import Trial
@@ -33,6 +32,7 @@ OPERATIONS = (
     "enable",
     "add",
     "activate",
+    "activate_all",
     "delete",
     "scale",
     "save",
@@ -159,6 +159,7 @@ class Peft(Dialect):
         self.name, self.plain, self.rewrites = method.name, method.plain, method.rewrites
 
     def imports(self) -> Sequence[str]:
+        """PEFT itself, or the class."""
         return ["import peft"]
 
     def config(self, case: Case) -> str:
@@ -167,11 +168,12 @@ class Peft(Dialect):
         if self.method.accepts("target_modules"):
             options["target_modules"] = repr(list(case.net.targets))
         options |= case.options
-        written = [f"{key}={code.format(r=case.r, alpha=case.alpha) if '{r}' in code or '{alpha}' in code else code}"
-                   for key, code in options.items()]  # fmt: skip
+        drawn = {"{r}": str(case.r), "{alpha}": str(case.alpha)}
+        written = [f"{key}={drawn.get(code, code)}" for key, code in options.items()]
         return f"peft.{self.method.config}({', '.join(written)})"
 
     def attach(self, trial: Trial, case: Case) -> None:
+        """Attach the first adapter, with what its initialisation needs before and after."""
         trial.run(f"config = {self.config(case)}")
         for line in self.method.before:
             trial.run(line)
@@ -181,9 +183,11 @@ class Peft(Dialect):
         trial.run(_FILL.format(size=self.size))
 
     def fill(self, trial: Trial, name: str, seed: int) -> None:
+        """Add noise to everything that trains, or write the factors."""
         trial.run(f"fill({seed})")
 
     def factors(self, trial: Trial, name: str) -> dict[str, tuple[Any, Any, float]]:
+        """From PEFT's layers, or from the class; NaN for a scaling only the case knows."""
         model = trial.value("model")
         found = {}
         for target in trial.value("net").state_dict():
@@ -195,6 +199,7 @@ class Peft(Dialect):
         return found
 
     def say(self, trial: Trial, operation: str, *args: Any) -> None:
+        """Carry out one operation."""
         if operation == "add":
             name, case = args
             # Any other initialisation would rewrite the base that both share.
@@ -223,17 +228,20 @@ class OwnClass(Dialect):
         self.place, self.cls, self.name = place, cls, cls.__name__
 
     def imports(self) -> Sequence[str]:
+        """PEFT itself, or the class."""
         module, _, name = self.place.partition(":")
         top = name.partition(".")[0]
         return [f"from {module} import {top}", f"lora = {name}()"]
 
     def attach(self, trial: Trial, case: Case) -> None:
+        """Attach the first adapter, with what its initialisation needs before and after."""
         arguments = f"{list(case.net.targets)!r}, r={case.r}, alpha={case.alpha}"
         if "dropout" in inspect.signature(self.cls.attach).parameters:  # type: ignore[attr-defined]
             arguments += f", dropout={case.dropout}"
         trial.run(f"model = lora.attach(net, {arguments}).eval()")
 
     def fill(self, trial: Trial, name: str, seed: int) -> None:
+        """Add noise to everything that trains, or write the factors."""
         known = f", {name!r}" if self._takes("factors", "name") else ""
         trial.run(
             f"""
@@ -245,6 +253,7 @@ class OwnClass(Dialect):
         )
 
     def factors(self, trial: Trial, name: str) -> dict[str, tuple[Any, Any, float]]:
+        """From PEFT's layers, or from the class; NaN for a scaling only the case knows."""
         lora, model = trial.value("lora"), trial.value("model")
         found = lora.factors(model, name) if self._takes("factors", "name") else lora.factors(model)
         scale = float("nan")  # the case knows it: alpha / r
@@ -254,6 +263,9 @@ class OwnClass(Dialect):
         return parameter in inspect.signature(getattr(self.cls, function)).parameters
 
     def say(self, trial: Trial, operation: str, *args: Any) -> None:
+        """Carry out one operation."""
+        if operation == "activate" and isinstance(args[0], list):
+            operation = "activate_all"
         if not hasattr(self.cls, operation):
             raise NotApplicable(f"{self.name} has no {operation}")
         if operation == "add":
@@ -290,5 +302,3 @@ def load_implementation(place: str) -> OwnClass:
             f"needed (docs/contract.md); {', '.join(missing) or 'it is no class'}"
         )
     return OwnClass(place, cls)
-
-

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pytest_lora.checks.bits import how_different
 from pytest_lora.contract.dialects import FIRST, Case, Dialect, Peft
 from pytest_lora.contract.reference import Reference, Term
@@ -16,6 +14,8 @@ from pytest_lora.errors import CheckFailed, NotApplicable
 from pytest_lora.loading import one_line
 
 if TYPE_CHECKING:
+    import torch
+
     from pytest_lora.subject import Subject
 
 __all__ = ["Adapters", "Experiment"]
@@ -25,7 +25,9 @@ Adapters = Sequence[Mapping[str, Term]]
 
 _BY_DESIGN = re.compile(
     r"not (?:yet )?(?:supported|implemented)|unsupported|only supports?|does(?:n't| not) support|"
-    r"supports only|cannot|can't|can only|incompatible|not compatible|impossible|has no bias|please run",
+    r"supports only|cannot|can't|can only|incompatible|not compatible|impossible|"
+    r"has no bias|please run|"
+    r"does not allow|undefined merging",
     re.IGNORECASE,
 )
 
@@ -127,10 +129,12 @@ class Experiment:
         self.dialect.fill(self.trial, name, case.seed + 7)
 
     def output(self) -> torch.Tensor:
-        """Run the model; that it raises breaks the law."""
+        """Run the model; that it raises breaks the law, unless it refuses by design."""
         try:
             return self.trial.output()
         except Refused as refusal:
+            if _is_refusal(refusal.error):
+                raise NotApplicable(f"refused by design: {refusal}") from None
             raise self.trial.broken(f"it raises: {refusal}") from None
 
     # -------------------------------------------------------------------- expecting

@@ -27,12 +27,13 @@ from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
 from pytest_lora.numerics.fingerprint import fingerprint
 from pytest_lora.numerics.merge_bound import judge_cycle
-from pytest_lora.structure import on_clones
 
 __all__ = ["LAWS", "Law"]
 
 SECOND = "one2"
 CYCLES = 5
+_WEIGHTS = "for name, p in net.named_parameters(): print(name, p)"
+_TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_grad])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,8 @@ def base_output_when_disabled(it: Experiment) -> None:
     _require_untouched_base(it)
     it.attach()
     if it.is_peft:
-        it.check(lora.assert_disable_equals_base,
-                 "with model.disable_adapter():", "    assert torch.equal(run(), base)")  # fmt: skip
+        shown = "with model.disable_adapter():", "    assert torch.equal(run(), base)"
+        it.check(lora.assert_disable_equals_base, *shown)
         return
     it.trial.run("adapted = run()")
     it.say("disable")
@@ -154,8 +155,8 @@ def unmerge_restoration(it: Experiment) -> None:
     """Each merge and unmerge gives back the weights, up to what that one cycle has to round."""
     it.attach()
     if it.is_peft:
-        it.check(lora.assert_unmerge_restoration, "model.merge_adapter()",
-                 "model.unmerge_adapter()", "for name, p in net.named_parameters(): print(name, p)")  # fmt: skip
+        shown = "model.merge_adapter()", "model.unmerge_adapter()", _WEIGHTS
+        it.check(lora.assert_unmerge_restoration, *shown)
         return
     terms = it.terms()
     for _ in range(CYCLES):
@@ -296,7 +297,8 @@ def safe_merge_is_safe(it: Experiment) -> None:
     ]
     if changed:
         raise it.trial.broken(
-            f"{changed[0]} of the base is changed", "for n, p in net.named_parameters(): print(n, p)"
+            f"{changed[0]} of the base is changed",
+            _WEIGHTS,
         )
 
 
@@ -362,8 +364,8 @@ def mixed_batch(it: Experiment) -> None:
         worst = int((gap / bound[row]).argmax())
         if not gap[worst] <= bound[row, worst]:
             raise it.trial.broken(
-                f"row {row} with {name}: output {worst} is off by {float(gap[worst]):.3g}; rounding "
-                f"allows {float(bound[row, worst]):.3g}",
+                f"row {row} with {name}: output {worst} is off by {float(gap[worst]):.3g}; "
+                f"rounding allows {float(bound[row, worst]):.3g}",
                 f"assert abs(y[{row}, {worst}].item() - {float(expected[row, worst])!r}) <= "
                 f"{float(bound[row, worst])!r}",
             )
@@ -457,7 +459,7 @@ def frozen_weights(it: Experiment) -> None:
         if fingerprint(tensor.detach()) != before[name] and not _is_statistic(name):
             raise it.trial.broken(
                 f"a training step changes {name} of the base",
-                "print([name for name, p in model.named_parameters() if p.requires_grad])",
+                _TRAINABLE,
             )
 
 
@@ -469,18 +471,17 @@ def _is_statistic(name: str) -> bool:
 @_law("linear", "llama")
 def requires_grad(it: Experiment) -> None:
     """What trains is the active adapter, all of it and nothing else, after every call."""
+    it.trial.run("own = dict(net.named_parameters())")
     it.attach()
     if it.is_peft:
-        it.check(lora.assert_requires_grad,
-                 "print([name for name, p in model.named_parameters() if p.requires_grad])")  # fmt: skip
+        it.check(lora.assert_requires_grad, _TRAINABLE)
         return
     factors = [f for pair in it.trial.value("lora.factors(model)").values() for f in pair]
     frozen = [name for name, tensor in it.own.items() if tensor.requires_grad]
     if frozen:
         raise it.trial.broken(
             f"{frozen[0]} of the base trains",
-            "assert not any(p.requires_grad for n, p in model.named_parameters() if "
-            f"n.endswith({frozen[0]!r}) and p.shape == net.state_dict()[n].shape)",
+            f"assert not own[{frozen[0]!r}].requires_grad",
         )
     if not all(factor.requires_grad for factor in factors):
         raise it.trial.broken(
@@ -501,7 +502,9 @@ def dtypes_kept(it: Experiment) -> None:
         step()
         found = it.output().dtype
         if found != it.base.dtype:
-            raise it.trial.broken(f"{label}: the output became {found}", f"assert y.dtype == {it.base.dtype}")
+            raise it.trial.broken(
+                f"{label}: the output became {found}", f"assert y.dtype == {it.base.dtype}"
+            )
         for name, tensor in it.own.items():
             now = _now(net, name, tensor)
             if now.dtype != dtypes[name]:
@@ -513,10 +516,9 @@ def dtypes_kept(it: Experiment) -> None:
 
 def _now(net: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The base's tensor of that name when loaded, wherever it is now; the object itself if lost."""
-    named = dict(net.named_parameters()) | dict(net.named_buffers())
+    named: dict[str, torch.Tensor] = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     owner, _, leaf = name.rpartition(".")
-    found: torch.Tensor = named.get(name, named.get(f"{owner}.base_layer.{leaf}", tensor))
-    return found
+    return named.get(name, named.get(f"{owner}.base_layer.{leaf}", tensor))
 
 
 @_law("llama")

@@ -12,9 +12,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -30,6 +29,9 @@ from pytest_lora.contract.reference import Term
 from pytest_lora.contract.trial import ContractBroken
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["LAW", "machine_for"]
 

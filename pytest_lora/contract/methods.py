@@ -68,7 +68,8 @@ _SMALL: Mapping[str, str] = {
 _LEFT_OUT = {"boft_block_num", "r_pattern"}
 # Initialisations in several steps, as PEFT's documentation has them.
 _STEPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "eva": ((), ("peft.initialize_lora_eva_weights(model, [x], forward_fn=lambda m, x: m(x), "
+    "eva": ((), ("rows = torch.randn(64, x.shape[-1], dtype=x.dtype)",
+                 "peft.initialize_lora_eva_weights(model, [rows], forward_fn=lambda m, x: m(x), "
                  "prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, "
                  "adapter_name='one', show_progress_bar=False)",)),
     "corda": (("from peft.tuners.lora.corda import preprocess_corda",
@@ -128,9 +129,7 @@ def _variants() -> Iterator[Method]:
             label = item.name.removeprefix("use_")
             small = {"qalora_group_size": "8"} if label == "qalora" else {}
             options = {**plain, **small, item.name: "True"}
-            yield Method(
-                f"LORA+{label}", config.__name__, options, plain=label == "rslora"
-            )
+            yield Method(f"LORA+{label}", config.__name__, options, plain=label == "rslora")
     if any(item.name == "lora_bias" for item in dataclasses.fields(config)):
         yield Method("LORA+lora_bias", config.__name__, {**plain, "lora_bias": "True"})
     yield from _initialised(config, plain)

@@ -3,10 +3,11 @@
 The model of the implementation is this one line.  It knows nothing of merging, wrapping, names or
 order; those are the implementation's business, and must not show.
 
-How far a sound output may be off follows from :mod:`pytest_lora.numerics.output_bound`: the rounding
-of the products, and of the weight if it is a merged one.  Each merge and each unmerge rounds the
-weight once more, so ``n`` of them in a row allow ``n + 1`` times that (triangle inequality).  Several
-adapters at once count as one of the sum of their ranks: their outputs are added one by one.
+How far a sound output may be off follows from :mod:`pytest_lora.numerics.output_bound`: the
+rounding of the products, and of the weight if it is a merged one.  Each merge and each unmerge
+rounds the weight once more, so ``n`` of them in a row allow ``n + 1`` times that (triangle
+inequality).  Several adapters at once count as one of the sum of their ranks: their outputs are
+added one by one.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ there reproduce it: a script that needs torch and the implementation, and nothin
 from __future__ import annotations
 
 import textwrap
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pytest_lora.loading import one_line
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ContractBroken", "Refused", "Trial"]
 
