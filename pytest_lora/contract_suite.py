@@ -100,7 +100,7 @@ class ContractPlugin:
             sys.path.pop(0)
 
     def _settings(self, cell: Cell) -> settings:
-        chosen = settings.get_profile(settings.get_current_profile_name())
+        chosen = settings()  # of the profile in force
         if self.config.getoption(PROFILE_OPTION, None):
             return chosen
         examples = _EXAMPLES[self.depth][0 if cell.is_main else 1]

@@ -266,6 +266,8 @@ def _cases(draw: st.DrawFn, dialect: Dialect, law: str) -> Case:
     options = {}
     if isinstance(dialect, Peft) and dialect.method.is_lora:
         options["lora_dropout"] = repr(draw(st.sampled_from([0.0, 0.5])))
+    if network == "llama" and isinstance(dialect, Peft):
+        options["task_type"] = "'CAUSAL_LM'"
     return Case(
         network=network,
         sizes=sizes,

@@ -194,13 +194,20 @@ class Experiment:
         key = "input_ids" if self.case.network == "llama" else "x"
         subject = Subject.from_model(self.model, {key: self.x})
         try:
+            self.judge(subject, judge, *demonstration)
+        finally:
+            subject.release()
+
+    def judge(
+        self, subject: Subject, judge: Callable[[Subject], object], *demonstration: str
+    ) -> None:
+        """Likewise for a subject at hand."""
+        try:
             judge(subject)
         except CheckFailed as failure:
             measurement = failure.result.measurement
             found = (measurement.where if measurement else None) or str(failure)
             raise self.trial.broken(found, *demonstration) from None
-        finally:
-            subject.release()
 
 
 def _is_refusal(error: BaseException) -> bool:

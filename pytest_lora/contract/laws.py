@@ -12,21 +12,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import pytest_lora as lora
-from pytest_lora.checks.bits import same_bits
+from pytest_lora.adapter import read_adapter
+from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract.dialects import FIRST, Peft
 from pytest_lora.contract.experiment import Experiment
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
+from pytest_lora.fresh import scratch
 from pytest_lora.loading import quiet
 from pytest_lora.numerics.fingerprint import fingerprint
 from pytest_lora.numerics.merge_bound import judge_cycle
+from pytest_lora.subject import Subject, load_base
 
 __all__ = ["LAWS", "Law"]
 
@@ -529,6 +533,35 @@ def padding_and_batch(it: Experiment) -> None:
         raise NotApplicable("a layer of one's own has no tokens to pad")
     with quiet():
         it.check(lora.assert_padding_invariance, "# rows of x alone against rows of x padded")
+
+
+def _save(it: Experiment, folder: Path) -> None:
+    """The bare network under ``base``, built again from its seed, and the adapter."""
+    bare = Experiment(it.trial.law, it.dialect, it.case)
+    bare.trial.names["net"].save_pretrained(folder / "base")
+    it.model.save_pretrained(folder / "adapter")
+
+
+@_law("llama")
+def save_reload(it: Experiment) -> None:
+    """Saved, and loaded by a process that has never seen it, it computes the same, bit for bit."""
+    _require_untouched_base(it)
+    it.attach()
+    if not it.is_peft:
+        raise NotApplicable("how a class of one's own is saved is not known")
+    output = it.output()
+    with scratch("contract") as folder, quiet():
+        _save(it, folder)
+        adapter = read_adapter(folder / "adapter" / FIRST)
+        subject = Subject(adapter, load_base(folder / "base", adapter=adapter), {"input_ids": it.x})
+        shown = (
+            f"model.save_pretrained('saved')  # and load it with PYTHONHASHSEED={it.case.seed % 4}",
+        )
+        difference = how_different(subject.output(), output)
+        if difference:
+            raise it.trial.broken(f"loaded in the same process: {difference}", *shown)
+        seeds = (it.case.seed % 4,)
+        it.judge(subject, lambda s: lora.assert_save_reload(s, hash_seeds=seeds), *shown)
 
 
 LAWS: Mapping[str, Law] = dict(_TABLE)

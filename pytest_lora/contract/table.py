@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from pytest_lora.contract.cells import Result, Verdict, law_ids
@@ -57,16 +58,25 @@ def _few(places: Sequence[str]) -> str:
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    """The same as a Markdown table: laws down, methods grouped by what came of it."""
-    lines = ["| law | pass | known | fail | n/a |", "| --- | --- | --- | --- | --- |"]
-    for law in law_ids():
-        row = [v for v in verdicts if v.law == law]
-        groups = {result: [v.method for v in row if v.result is result] for result in Result}
-        shown = [
-            f"{len(groups[Result.PASS])}",
-            ", ".join(groups[Result.KNOWN]) or "",
-            ", ".join(groups[Result.FAIL]) or "",
-            f"{len(groups[Result.NOT_APPLICABLE])}",
-        ]
-        lines.append(f"| `{law}` | {' | '.join(shown)} |")
+    """The same for a page: the table as text, then the known deviations and what does not apply."""
+    lines = ["```text", *table_lines(verdicts), "```", "", "Known deviations (k):", ""]
+    known: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        where = f"`{verdict.law}[{verdict.method}]`"
+        for reason in verdict.known:
+            known.setdefault(reason, []).append(where)
+        if verdict.result is Result.NOT_APPLICABLE:
+            reasons.setdefault(_short(verdict.reason), []).append(where)
+    lines += [f"- {_few(places)}: {reason}" for reason, places in known.items()]
+    lines += ["", "What does not apply (-), and why:", ""]
+    lines += [f"- {_few(places)}: {reason}" for reason, places in reasons.items()]
     return "\n".join(lines) + "\n"
+
+
+def _short(reason: str) -> str:
+    """The gist of a reason: what was done, and the beginning of what was said."""
+    text = " ".join(reason.split()).replace("|", "\\|").replace("<", "\\<")
+    text = re.sub(r"base_model\.model\.[\w.]+: ", "", text)
+    text = re.sub(r"\w+ = peft\.get_peft_model\([^)]*\)\.eval\(\): |/tmp/\S+: ", "", text)
+    return text if len(text) <= 140 else f"{text[:140]}..."
