@@ -248,6 +248,10 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
         own = dialect.method.network
         if own != "linear":
             return (own,) if not asked or own in asked else ()
+        if not dialect.method.accepts("target_parameters"):
+            asked = tuple(name for name in asked if name != "experts")
+        if dialect.method.name != "LORA":
+            asked = tuple(name for name in asked if name not in ("grouped", "experts"))
         if not dialect.method.is_lora:
             usual = ("linear", "llama", "tied", "tied head")
             return tuple(name for name in asked or ("linear",) if name in usual)
@@ -264,7 +268,7 @@ def _cases(draw: st.DrawFn, dialect: Dialect, law: str) -> Case:
         sizes = (k, d, e)
     r = draw(st.integers(1, min(4, min(sizes) // 2)) if free else st.sampled_from([2, 4]))
     options = {}
-    if isinstance(dialect, Peft) and dialect.method.is_lora:
+    if isinstance(dialect, Peft) and dialect.method.is_lora and network != "experts":
         options["lora_dropout"] = repr(draw(st.sampled_from([0.0, 0.5])))
     if network == "llama" and isinstance(dialect, Peft):
         options["task_type"] = "'CAUSAL_LM'"

@@ -167,6 +167,8 @@ class Peft(Dialect):
         options = dict(self.method.options)
         if self.method.accepts("target_modules"):
             options["target_modules"] = repr(list(case.net.targets))
+        if case.net.parameters:
+            options["target_parameters"] = repr(list(case.net.parameters))
         options |= case.options
         drawn = {"{r}": str(case.r), "{alpha}": str(case.alpha)}
         written = [f"{key}={drawn.get(code, code)}" for key, code in options.items()]

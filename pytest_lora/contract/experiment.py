@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_lora.subject import Subject
 
-__all__ = ["Adapters", "Experiment"]
+__all__ = ["Adapters", "Experiment", "is_refusal"]
 
 Adapters = Sequence[Mapping[str, Term]]
 """The adapters at work, each with its terms by module."""
@@ -107,7 +107,7 @@ class Experiment:
         try:
             self.dialect.say(self.trial, operation, *args)
         except Refused as refusal:
-            if _is_refusal(refusal.error):
+            if is_refusal(refusal.error):
                 raise NotApplicable(f"refused by design: {refusal}") from None
             raise self.trial.broken(f"it raises: {refusal}") from None
 
@@ -133,7 +133,7 @@ class Experiment:
         try:
             return self.trial.output()
         except Refused as refusal:
-            if _is_refusal(refusal.error):
+            if is_refusal(refusal.error):
                 raise NotApplicable(f"refused by design: {refusal}") from None
             raise self.trial.broken(f"it raises: {refusal}") from None
 
@@ -210,7 +210,7 @@ class Experiment:
             raise self.trial.broken(found, *demonstration) from None
 
 
-def _is_refusal(error: BaseException) -> bool:
+def is_refusal(error: BaseException) -> bool:
     """Whether an exception says that something is not meant to be, rather than that it broke."""
     if isinstance(error, NotImplementedError):
         return True

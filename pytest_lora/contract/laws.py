@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract.dialects import FIRST, Peft
-from pytest_lora.contract.experiment import Experiment
+from pytest_lora.contract.experiment import Experiment, is_refusal
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
 from pytest_lora.fresh import scratch
@@ -141,7 +141,7 @@ def base_output_when_disabled(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ merging
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "llama", half=True)
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "llama", half=True)
 def merge_equivalence(it: Experiment) -> None:
     """Merged and unmerged compute the same, up to derived rounding."""
     it.attach()
@@ -154,7 +154,7 @@ def merge_equivalence(it: Experiment) -> None:
     it.expect([terms], "the merged model", merges=1)
 
 
-@_law("linear", "conv1d", "embedding", "convolution", half=True)
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", half=True)
 def unmerge_restoration(it: Experiment) -> None:
     """Each merge and unmerge gives back the weights, up to what that one cycle has to round."""
     it.attach()
@@ -378,6 +378,9 @@ def mixed_batch(it: Experiment) -> None:
 @_law("linear")
 def combination(it: Experiment) -> None:
     """Products add up: combine([a], [1]) is a, [-1] is -a; cat and full-rank svd of two add."""
+    if isinstance(it.dialect, Peft) and it.dialect.method.is_lora and not it.dialect.plain:
+        _combined_alone(it)
+        return
     it.require_plain()
     it.attach()
     if not hasattr(getattr(it.model, "base_model", None), "add_weighted_adapter"):
@@ -400,6 +403,26 @@ def combination(it: Experiment) -> None:
                 raise NotApplicable(f"refused: {refusal}") from None
             raise it.trial.broken(f"it raises: {refusal}") from None
         _products_equal(it, name, f"combine({names}, {weights}, {kind!r})", parts)
+
+
+def _combined_alone(it: Experiment) -> None:
+    """Whatever else its layers compute: combine([a], [1]) is a, bit for bit.
+
+    With a scaling of 4 the factors are multiplied by 2 each, which is exact.
+    """
+    it.case = replace(it.case, alpha=4 * it.case.r)
+    it.attach()
+    it.trial.run("first = run()")
+    try:
+        it.trial.run(
+            f"model.add_weighted_adapter([{FIRST!r}], [1.0], 'same', combination_type='linear')"
+        )
+    except Refused as refusal:
+        if is_refusal(refusal.error) or it.dialect.rewrites:
+            raise NotApplicable(f"refused: {refusal}") from None
+        raise it.trial.broken(f"it raises: {refusal}") from None
+    it.say("activate", "same")
+    it.expect_bits(it.trial.names["first"], "first", "the combination of one adapter, times 1")
 
 
 def _combinations(a: Any, b: Any) -> Iterator[tuple[list[str], list[float], str, Any]]:

@@ -54,6 +54,33 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return torch.cat([self.up(x).flatten(1), self.down(x).flatten(1)], -1)
 """
+_GROUPED = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Conv2d(4, {d}, 3, groups=2)
+        self.down = torch.nn.Conv2d(4, {e}, (1, 2))
+
+    def forward(self, x):
+        return torch.cat([self.up(x).flatten(1), self.down(x).flatten(1)], -1)
+"""
+_EXPERTS = """
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
+
+    def forward(self, x):
+        return torch.bmm(x.expand(3, -1, -1), self.weight)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(x).transpose(0, 1).flatten(1)
+"""
 _TIED = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -89,6 +116,7 @@ class Network:
         inputs: the expression for its inputs.
         call: how it is run on them.
         targets: modules to adapt.
+        parameters: parameters to adapt, where layers of several experts share one.
         linear: modules whose outputs are side by side in the network's, in this order, each
             computing ``x W^T + b``.
     """
@@ -97,6 +125,7 @@ class Network:
     inputs: str
     call: str = "model(x)"
     targets: tuple[str, ...] = ("up", "down")
+    parameters: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
 
 
@@ -105,6 +134,13 @@ NETWORKS: Mapping[str, Network] = {
     "conv1d": Network(_CONV1D, "torch.randn(3, {k}, dtype={dtype})", linear=("up", "down")),
     "embedding": Network(_EMBEDDING, "torch.randint({k}, (3, 4))", targets=("table",)),
     "convolution": Network(_CONVOLUTION, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
+    "grouped": Network(_GROUPED, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
+    "experts": Network(
+        _EXPERTS,
+        "torch.randn(4, {k}, dtype={dtype})",
+        targets=(),
+        parameters=("experts.weight",),
+    ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
     "llama": Network(
