@@ -129,6 +129,8 @@ class ContractPlugin:
         """The table of laws and methods, and what is worth saying about it."""
         if not self.verdicts or hasattr(self.config, "workerinput"):
             return
+        order = {(cell.method, cell.law): place for place, cell in enumerate(self.cells)}
+        self.verdicts.sort(key=lambda verdict: order[verdict.method, verdict.law])
         terminalreporter.write_sep("=", "LoRA contract")
         for line in (*table_lines(self.verdicts), "", *summary(self.verdicts)):
             terminalreporter.write_line(line)

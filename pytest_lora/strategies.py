@@ -68,8 +68,9 @@ def ranks(*, at_most: int = 6) -> st.SearchStrategy[int]:
 
 def alphas(r: int, *, equal: bool = False) -> st.SearchStrategy[int]:
     """``lora_alpha`` for rank ``r``: whole numbers from 1, never ``r`` itself unless ``equal``."""
-    numbers = st.integers(1, 4 * r + 1)
-    return numbers if equal else numbers.filter(lambda alpha: alpha != r)
+    if equal:
+        return st.integers(1, 4 * r + 1)
+    return st.integers(1, 4 * r).map(lambda alpha: alpha if alpha < r else alpha + 1)
 
 
 def scalings() -> st.SearchStrategy[float]:
@@ -79,8 +80,11 @@ def scalings() -> st.SearchStrategy[float]:
 
 def shapes(*, at_most: int = 12, square: bool = False) -> st.SearchStrategy[tuple[int, int]]:
     """Shapes (out, in) of a weight, from 1, not square unless ``square``."""
-    sizes = st.tuples(st.integers(1, at_most), st.integers(1, at_most))
-    return sizes if square else sizes.filter(lambda shape: shape[0] != shape[1])
+    sizes = st.integers(1, at_most)
+    if square:
+        return st.tuples(sizes, sizes)
+    others = st.integers(1, at_most - 1)  # of which those from k on are moved up by one
+    return st.tuples(others, sizes).map(lambda pair: (pair[0] + (pair[0] >= pair[1]), pair[1]))
 
 
 def dtypes(*, half: bool = True) -> st.SearchStrategy[torch.dtype]:

@@ -264,8 +264,9 @@ def _cases(draw: st.DrawFn, dialect: Dialect, law: str) -> Case:
     free = _takes_any_size(dialect) and network in ("linear", "conv1d")
     sizes = _SIZES
     if free:
-        k, d, e = draw(st.tuples(*[st.integers(2, 12)] * 3).filter(lambda s: s[0] not in s[1:]))
-        sizes = (k, d, e)
+        k = draw(st.integers(2, 12))
+        others = st.sampled_from([size for size in range(2, 13) if size != k])
+        sizes = (k, draw(others), draw(others))
     r = draw(st.integers(1, min(4, min(sizes) // 2)) if free else st.sampled_from([2, 4]))
     options = {}
     if isinstance(dialect, Peft) and dialect.method.is_lora and network != "experts":
@@ -275,6 +276,7 @@ def _cases(draw: st.DrawFn, dialect: Dialect, law: str) -> Case:
     return Case(
         network=network,
         sizes=sizes,
+        bias=not free or draw(st.booleans()),  # some methods work on the bias
         seed=draw(seeds()),
         r=r,
         alpha=draw(alphas(r)),

@@ -47,6 +47,7 @@ class Case:
     Attributes:
         network: a key of :data:`NETWORKS`.
         sizes: inputs k and outputs d and e of its layers.
+        bias: whether every layer has one.
         seed: what all tensors follow from.
         r, alpha: of the first adapter.
         dtype: of the base.
@@ -56,6 +57,7 @@ class Case:
 
     network: str = "linear"
     sizes: tuple[int, int, int] = (16, 24, 32)
+    bias: bool = True
     seed: int = 0
     r: int = 2
     alpha: int = 3
@@ -88,7 +90,7 @@ class Dialect:
     def begin(self, trial: Trial, case: Case) -> None:
         """The bare network ``net``, its inputs ``x``, and ``run``."""
         k, d, e = case.sizes
-        sizes = {"k": k, "d": d, "e": e, "dtype": f"torch.{case.dtype}"}
+        sizes = {"k": k, "d": d, "e": e, "bias": case.bias, "dtype": f"torch.{case.dtype}"}
         trial.run("import torch")
         for line in self.imports():
             trial.run(line)

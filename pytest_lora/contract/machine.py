@@ -70,6 +70,7 @@ class _Sequences(RuleBasedStateMachine):
         super().__init__()
         self.it: Experiment | None = None
         self.adapters: dict[str, Mapping[str, Term]] = {}
+        self.drawn: dict[str, Case] = {}
         self.active: tuple[str, ...] = (FIRST,)
         self.enabled, self.merged = True, False
         self.roundings = 0
@@ -96,6 +97,7 @@ class _Sequences(RuleBasedStateMachine):
         return self.dialect.plain and self._experiment.reference is not None
 
     def _remember(self, name: str, case: Case) -> None:
+        self.drawn[name] = case
         if not self._plain:
             self.adapters[name] = {}
             return
@@ -200,14 +202,12 @@ class _Sequences(RuleBasedStateMachine):
     def scale(self, factor: float) -> None:
         if len(self.active) > 1 or not self._do("scale", self.active[0], factor):
             return
-        name, original = self.active[0], self._experiment.terms(self.active[0], self._case())
+        name = self.active[0]
+        original = self._experiment.terms(name, self.drawn[name])
         if self._experiment.is_peft:  # which says what the scaling is
             self.adapters[name] = original
         else:
             self.adapters[name] = {key: term.scaled(factor) for key, term in original.items()}
-
-    def _case(self) -> Case:
-        return self._experiment.case
 
     # ------------------------------------------------------------------ what has to hold
 

@@ -79,6 +79,10 @@ _STEPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                  "net.zero_grad()"), ()),
 }  # fmt: skip
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
+_ARGUMENTS: Mapping[str, str] = {
+    "use_bdlora": "target_modules_bd_a=['up'], target_modules_bd_b=['down'], nblocks=2, "
+    "match_strict=False",
+}
 _SUBCONFIG_OPTIONS: Mapping[str, str] = {"loftq_config": "{'loftq_bits': 4, 'loftq_iter': 1}"}
 
 
@@ -169,7 +173,7 @@ def _configured(config: Any, plain: Mapping[str, str]) -> Iterator[Method]:
         if not cls or item.name in taken or item.name == "runtime_config":
             continue
         label = item.name.removesuffix("_config").removeprefix("use_")
-        options = {**plain, item.name: f"{cls}()"}
+        options = {**plain, item.name: f"{cls}({_ARGUMENTS.get(item.name, '')})"}
         rewrites = label in _REWRITING
         yield Method(f"LORA+{label}", config.__name__, options, rewrites=rewrites)
     if any(item.name == "alora_invocation_tokens" for item in dataclasses.fields(config)):

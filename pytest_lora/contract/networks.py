@@ -16,7 +16,7 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.up = torch.nn.Linear({k}, {d})
-        self.down = torch.nn.Linear({k}, {e}, bias=False)
+        self.down = torch.nn.Linear({k}, {e}, bias={bias})
         self.norm = torch.nn.BatchNorm1d({d} + {e})
 
     def forward(self, x):
@@ -112,7 +112,8 @@ class Network:
     """A network in source code.
 
     Attributes:
-        source: defines the class ``Net``; ``{k}``, ``{d}`` and ``{e}`` are sizes.
+        source: defines the class ``Net``; ``{k}``, ``{d}`` and ``{e}`` are sizes,
+            ``{bias}`` says whether its second layer has one.
         inputs: the expression for its inputs.
         call: how it is run on them.
         targets: modules to adapt.

@@ -214,8 +214,22 @@ def cell(law: str, dialect: Peft = LORA) -> Cell:
 def test_plain_lora_of_the_installed_peft_keeps_each_law_or_deviates_in_a_known_way(
     law: str,
 ) -> None:
-    verdict = try_cell(cell(law), examples=3)
+    verdict = try_cell(cell(law), examples=1 if law == "save_reload" else 3)
     assert verdict.result in (Result.PASS, Result.KNOWN), verdict
+
+
+def test_a_peft_that_saves_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft.peft_model
+
+    original = peft.peft_model.get_peft_model_state_dict
+    monkeypatch.setattr(
+        peft.peft_model,
+        "get_peft_model_state_dict",
+        lambda *args, **kwargs: {k: 2 * v for k, v in original(*args, **kwargs).items()},
+    )
+    verdict = try_cell(cell("save_reload"), examples=1, shrink=False)
+    assert verdict.result is Result.FAIL
+    assert "loaded in the same process" in verdict.reason
 
 
 def attached(law: str, **case: Any) -> Experiment:
