@@ -29,7 +29,7 @@ __all__ = ["ContractPlugin"]
 PROPERTY = "pytest_lora_contract"
 PROFILE_OPTION = "--hypothesis-profile"
 QUICK, FULL = "quick", "full"
-_EXAMPLES = {QUICK: (8, 1), FULL: (60, 8)}
+_EXAMPLES = {QUICK: (5, 1), FULL: (60, 8)}
 """Examples of LoRA itself (or one's own class), and of every other method."""
 
 

@@ -418,6 +418,7 @@ def _combined_alone(it: Experiment) -> None:
     try:
         it.trial.run(
             f"model.add_weighted_adapter([{FIRST!r}], [1.0], 'same', combination_type='linear')"
+            "\nmodel.eval()"
         )
     except Refused as refusal:
         if is_refusal(refusal.error) or it.dialect.rewrites:
@@ -461,6 +462,24 @@ def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
                 "def product(n): return layer.scaling[n] * layer.lora_B[n].weight @ layer.lora_A[n]"
                 ".weight",
                 f"print(product({name!r}) / product({FIRST!r}))",
+            )
+
+
+@_law("linear")
+def eval_mode_kept(it: Experiment) -> None:
+    """What is added to a model in eval mode is in eval mode: nothing is dropped at random."""
+    it.attach()
+    if not isinstance(it.dialect, Peft):
+        raise NotApplicable("a class of one's own has modules of its own")
+    try:
+        it.trial.run(f"model.add_adapter({SECOND!r}, {it.dialect.config(it.case.other())})")
+    except Refused as refusal:
+        raise NotApplicable(f"refused: {refusal}") from None
+    for name, module in it.model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p and module.training:
+            raise it.trial.broken(
+                f"{name} is in training mode, the model was in eval mode",
+                f"assert not model.get_submodule({name!r}).training",
             )
 
 

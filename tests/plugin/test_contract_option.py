@@ -19,7 +19,7 @@ from example import ROOT
 pytest_plugins = ["pytester"]
 
 PAGE = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
-[PAPER] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
+PAPER, *_ = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from pytest_lora.errors import NotApplicable, UsageError
 from pytest_lora.loading import quiet
 
 PAGE = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
-[PAPER] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
+PAPER, *_ = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
 LORA = Peft(Method("LORA", "LoraConfig", {"r": "{r}", "lora_alpha": "{alpha}"}, plain=True))
 
 
