@@ -200,10 +200,14 @@ def contract_cells(implementation: str | type | None = None) -> list[Cell]:
 
 
 def try_cell(cell: Cell, *, examples: int = 20, shrink: bool = True) -> Verdict:
-    """Run one cell outside any test runner; without ``shrink`` a failure is not made minimal."""
+    """Run one cell outside any test runner, on the same examples every time.
+
+    Without ``shrink`` a failure is not made minimal.
+    """
     phases = [phase for phase in Phase if shrink or phase is Phase.generate]
+    chosen = settings(max_examples=examples, derandomize=True, database=None, phases=phases)
     try:
-        cell.function(settings(max_examples=examples, database=None, phases=phases))()
+        cell.function(chosen)()
     except Exception as failure:
         return cell.verdict(failure)
     return cell.verdict()

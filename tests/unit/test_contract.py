@@ -199,7 +199,7 @@ FAULTS = {
 def test_a_fault_in_handling_adapters_is_caught(fault: str, module: Any) -> None:
     law, *change = FAULTS[fault]
     [tried] = [c for c in contract_cells(several(module, (change[0], change[1]))) if c.law == law]
-    verdict = try_cell(tried, examples=60, shrink=False)
+    verdict = try_cell(tried, examples=200, shrink=False)
     assert verdict.result is Result.FAIL, verdict
 
 
