@@ -67,6 +67,20 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         action="store_true",
         help="write a commented lora.toml for the adapters given, and exit",
     )
+    group.addoption(
+        "--lora-contract",
+        nargs="?",
+        const="",
+        metavar="MODULE:CLASS",
+        help="hold the installed PEFT, or the class after the = sign, against the laws of LoRA "
+        "(docs/contract.md)",
+    )
+    group.addoption(
+        "--lora-contract-depth",
+        choices=("quick", "full"),
+        default="quick",
+        help="how many examples of each law, unless --hypothesis-profile says so (default: quick)",
+    )
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -186,6 +200,27 @@ def pytest_configure(config: pytest.Config) -> None:
             run.require_libraries()
             run.locate()
             _require_writable(run)
+
+    _add_contract(config)
+
+
+def _add_contract(config: pytest.Config) -> None:
+    value = config.getoption("--lora-contract")
+    if value is None:
+        return
+    if value and ":" not in value:
+        raise pytest.UsageError(
+            "--lora-contract takes package.module:Class after a = sign, or nothing, got "
+            f"{value!r}; write test paths before the option"
+        )
+    try:
+        from pytest_lora.contract_suite import ContractPlugin
+    except ImportError as error:
+        raise pytest.UsageError(
+            f"--lora-contract needs pip install 'pytest-lora[model,hypothesis]': {error}"
+        ) from None
+    depth = config.getoption("--lora-contract-depth")
+    config.pluginmanager.register(ContractPlugin(config, value, depth), "pytest_lora_contract")
 
 
 def _make_run(config: pytest.Config) -> Run:
