@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -24,7 +23,7 @@ from pytest_lora.settings import Layer, ini_name, option_name, table
 
 if TYPE_CHECKING:
     from pytest_lora.collection import SuitePlan
-    from pytest_lora.records import CheckResult, Json
+    from pytest_lora.records import CheckResult
     from pytest_lora.run import Run
 
 _MENDED = pytest.StashKey[tuple[list[str], str]]()
@@ -199,13 +198,14 @@ def _anchored(value: Any, folder: Path) -> Any:
 
 
 def _require_writable(run: Run) -> None:
-    if run.settings.report is None:
-        return
-    path = run.start / run.settings.report
-    if path.suffix != ".json":
-        raise UsageError(f"{run.settings.origin('report')}: {path.name} is not a .json file")
-    if path.is_dir():
-        raise UsageError(f"{run.settings.origin('report')}: {path} is a folder")
+    from pytest_lora.report.output import SUFFIXES
+
+    origin = run.settings.origin("report")
+    for path in map(run.start.joinpath, run.settings.report):
+        if path.suffix.lower() not in SUFFIXES:
+            raise UsageError(f"{origin}: {path.name} is not a .json file, nor .md or .html")
+        if path.is_dir():
+            raise UsageError(f"{origin}: {path} is a folder")
 
 
 class _as_usage_error:  # noqa: N801  (reads as a phrase at its uses)
@@ -385,27 +385,23 @@ class _Collected:
         if _PLAN in self.config.stash:
             self.results += self.config.stash[_PLAN].not_run(self.results)
         self.results.sort(key=run.planned_order)
-        if run.settings.report is not None and (self.results or run.settings.adapter):
+        if self.results or run.settings.adapter:
             self._write(session, run, int(exitstatus))
 
     def _write(self, session: pytest.Session, run: Run, exitstatus: int) -> None:
-        from pytest_lora.report.json_report import build_report, write_report
-        from pytest_lora.run import versions
+        if not run.settings.report:
+            return
+        from pytest_lora.provenance import environment_of
+        from pytest_lora.report.output import write_results
 
-        environment: dict[str, Json] = {
-            "versions": versions(),
-            "platform": platform.platform(),
-            "adapters": self.about,
-            "exit_status": exitstatus,
-        }
-        try:
-            write_report(
-                run.start / str(run.settings.report), build_report(self.results, environment)
-            )
-        except LoraError as error:
-            # Raising here would be an internal error with a traceback; not saying it, a lie.
-            session.exitstatus = pytest.ExitCode.USAGE_ERROR
-            self._say(f"ERROR: {error}")
+        environment = environment_of(run, self.about, exitstatus)
+        for path in run.settings.report:
+            try:
+                write_results(run.start / path, self.results, environment)
+            except LoraError as error:
+                # Raising here would be an internal error with a traceback; not saying it, a lie.
+                session.exitstatus = pytest.ExitCode.USAGE_ERROR
+                self._say(f"ERROR: {error}")
 
     def _say(self, text: str) -> None:
         reporter = self.config.pluginmanager.getplugin("terminalreporter")

@@ -71,6 +71,7 @@ ROOMS = {
     "assertions": Room(4, MODEL),
     "run": Room(4, MODEL),
     "baseline": Room(4),
+    "provenance": Room(4),
     "strategies": Room(4, frozenset({"hypothesis"})),
     "contract": Room(4, frozenset({"hypothesis"}) | MODEL),
     "fixtures": Room(5, frozenset({"pytest", "torch"})),
