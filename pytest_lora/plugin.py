@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,12 +201,20 @@ def _anchored(value: Any, folder: Path) -> Any:
 def _require_writable(run: Run) -> None:
     from pytest_lora.report.output import SUFFIXES
 
-    origin = run.settings.origin("report")
-    for path in map(run.start.joinpath, run.settings.report):
+    settings = run.settings
+    for path in map(run.start.joinpath, settings.report):
         if path.suffix.lower() not in SUFFIXES:
-            raise UsageError(f"{origin}: {path.name} is not a .json file, nor .md or .html")
-        if path.is_dir():
-            raise UsageError(f"{origin}: {path} is a folder")
+            raise UsageError(
+                f"{settings.origin('report')}: {path.name} is not a .json file, nor .md or .html"
+            )
+        _refuse_folder(path, settings.origin("report"))
+    if settings.pr_comment:
+        _refuse_folder(run.start / settings.pr_comment, settings.origin("pr_comment"))
+
+
+def _refuse_folder(path: Path, origin: str) -> None:
+    if path.is_dir():
+        raise UsageError(f"{origin}: {path} is a folder")
 
 
 class _as_usage_error:  # noqa: N801  (reads as a phrase at its uses)
@@ -385,23 +394,31 @@ class _Collected:
         if _PLAN in self.config.stash:
             self.results += self.config.stash[_PLAN].not_run(self.results)
         self.results.sort(key=run.planned_order)
-        if self.results or run.settings.adapter:
-            self._write(session, run, int(exitstatus))
-
-    def _write(self, session: pytest.Session, run: Run, exitstatus: int) -> None:
-        if not run.settings.report:
-            return
-        from pytest_lora.provenance import environment_of
-        from pytest_lora.report.output import write_results
-
-        environment = environment_of(run, self.about, exitstatus)
-        for path in run.settings.report:
+        for write in self._writers(run, int(exitstatus)):
             try:
-                write_results(run.start / path, self.results, environment)
+                write()
             except LoraError as error:
                 # Raising here would be an internal error with a traceback; not saying it, a lie.
                 session.exitstatus = pytest.ExitCode.USAGE_ERROR
                 self._say(f"ERROR: {error}")
+
+    def _writers(self, run: Run, exitstatus: int) -> Iterable[Callable[[], None]]:
+        """What there is to write, each file on its own: one that fails must not cost the others."""
+        settings, summary = run.settings, os.environ.get("GITHUB_STEP_SUMMARY")
+        wanted = bool(settings.report or settings.pr_comment)
+        if not (self.results and (wanted or summary)) and not (settings.adapter and wanted):
+            return
+        from pytest_lora.provenance import environment_of
+        from pytest_lora.report.github import append_summary, write_comment
+        from pytest_lora.report.output import write_results
+
+        given = self.results, environment_of(run, self.about, exitstatus)
+        for path in settings.report:
+            yield partial(write_results, run.start / path, *given)
+        if settings.pr_comment:
+            yield partial(write_comment, run.start / settings.pr_comment, *given)
+        if self.results and summary:
+            yield partial(append_summary, Path(summary), *given)
 
     def _say(self, text: str) -> None:
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
@@ -409,7 +426,10 @@ class _Collected:
             reporter.write_line(text, red=True)
 
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
-        if not self.results or config.getoption("no_summary", False):
+        if not self.results:
+            return
+        self._annotate(terminalreporter)
+        if config.getoption("no_summary", False):
             return
         from pytest_lora.report.terminal import summary_lines
 
@@ -423,3 +443,15 @@ class _Collected:
         width = terminalreporter._tw.fullwidth
         for line, colour in summary_lines(shown, self.about, width=width, detail=verbosity > 0):
             terminalreporter.write_line(line, **({colour: True} if colour else {}))
+
+    def _annotate(self, terminalreporter: Any) -> None:
+        """On GitHub only: lines that its runner takes for remarks at lines of files."""
+        if os.environ.get("GITHUB_ACTIONS") != "true":
+            return
+        from pytest_lora.annotations import annotations_of
+        from pytest_lora.report.github import workflow_command
+
+        root = Path(os.environ.get("GITHUB_WORKSPACE") or os.curdir).resolve()
+        terminalreporter.ensure_newline()
+        for annotation in annotations_of(self.config.stash[RUN], self.results, root):
+            terminalreporter.write_line(workflow_command(annotation))

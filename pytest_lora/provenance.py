@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["command_of", "digests_of", "environment_of", "settings_of"]
 
 # Where results go has no part in what they are.
-_OUTPUTS = frozenset({"report"})
+_OUTPUTS = frozenset({"report", "pr_comment"})
 _CHUNK = 1 << 20
 
 

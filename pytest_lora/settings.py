@@ -229,6 +229,14 @@ class Settings:
         ini="linelist",
         path=True,
     )
+    pr_comment: str | None = _setting(
+        None,
+        _text,
+        "write the verdicts to this file as a comment for a pull request, in Markdown and within "
+        "GitHub's limit",
+        metavar="FILE.md",
+        path=True,
+    )
     strict: bool = _setting(
         False, _flag, "a check of the suite that skips is a failure", flag=True, ini="bool"
     )

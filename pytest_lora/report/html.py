@@ -13,6 +13,7 @@ from importlib import resources
 
 from pytest_lora.catalog import find_check
 from pytest_lora.records import CheckResult, Json, Measurement, Outcome
+from pytest_lora.report.charts import Point, plane
 from pytest_lora.report.figures import figures
 from pytest_lora.report.markup import Child, Markup, join, tag
 from pytest_lora.report.text import allowed, clean, measured, movable, number, spellings
@@ -53,6 +54,7 @@ def html_report(results: Sequence[CheckResult], environment: Mapping[str, Json])
             tag(
                 "main",
                 _matrix(tables, numbers),
+                _plane(tables),
                 *(_section(i, table, numbers) for i, table in enumerate(tables)),
                 _provenance(environment),
                 id="results",
@@ -148,6 +150,40 @@ def _sign(row: CheckResult | None, numbers: Mapping[int, int]) -> Markup:
     word = tag("span", WORDS[row.outcome], class_="sr")
     link = tag("a", sign, word, href=f"#r{numbers[id(row)]}")
     return tag("td", link, class_=row.outcome.value)
+
+
+def _plane(tables: Sequence[AdapterTable]) -> Markup | None:
+    """What each adapter forgot against what it learned, where both were measured."""
+    points, x_limits, y_limits = [], set(), set()
+    for table in tables:
+        rows = {row.check: row for row in table.rows if row.measurement is not None}
+        forgot, learned = rows.get("perplexity_drift"), rows.get("task_change")
+        if forgot is None or learned is None:
+            continue
+        points.append(Point(clean(table.adapter), _interval(forgot), _interval(learned)))
+        x_limits |= _limits(forgot)
+        y_limits |= _limits(learned)
+    return plane(
+        "Learned and forgotten: above and to the left is better",
+        points,
+        x_label="perplexity_drift, nats per token",
+        y_label="task_change, accuracy",
+        x_limits=sorted(x_limits),
+        y_limits=sorted(y_limits),
+    )
+
+
+def _interval(row: CheckResult) -> tuple[float, float, float]:
+    measurement = row.measurement
+    assert measurement is not None
+    low, high = measurement.low, measurement.high
+    value = measurement.value
+    return (value if low is None else low, value, value if high is None else high)
+
+
+def _limits(row: CheckResult) -> set[float]:
+    limits = (row.bound.low, row.bound.high) if row.bound else ()
+    return {limit for limit in limits if limit is not None}
 
 
 # ------------------------------------------------------------------------------------- one adapter

@@ -33,7 +33,8 @@ def clean(text: str) -> str:
 
     Names of tensors and folders are the adapter author's to choose, escape sequences included.
     """
-    line = " ".join(text.split())
+    # GitHub obeys "##[" wherever a line has it.
+    line = " ".join(text.split()).replace("##[", "# #[")
     if line.isprintable():
         return line
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)

@@ -72,6 +72,7 @@ ROOMS = {
     "run": Room(4, MODEL),
     "baseline": Room(4),
     "provenance": Room(4),
+    "annotations": Room(4),
     "strategies": Room(4, frozenset({"hypothesis"})),
     "contract": Room(4, frozenset({"hypothesis"}) | MODEL),
     "fixtures": Room(5, frozenset({"pytest", "torch"})),

@@ -244,6 +244,20 @@ def test_text_is_escaped_where_it_enters_and_markup_passes_once() -> None:
     assert tag("p", "a\u202eb\x00", open=True, id=None) == "<p open>a\\u202eb\\x00</p>"
 
 
+def test_what_was_learned_stands_against_what_was_forgotten() -> None:
+    def row(check: str, value: float, bound: Bound) -> CheckResult:
+        measured = Measurement(value, "x", 9, low=value - 0.1, high=value + 0.1)
+        return CheckResult(check, "good", Outcome.PASSED, measurement=measured, bound=bound)
+
+    forgot = row("perplexity_drift", 0.1, Bound.at_most(0.3, "mine"))
+    learned = row("task_change", 0.4, Bound.at_least(0.2, "mine"))
+    page = html_report([forgot, learned], ENVIRONMENT)
+    assert "Learned and forgotten" in page
+    assert page.count('class="limit"') == 2
+    assert page.count('class="whisker"') == 2
+    assert "Learned and forgotten" not in html_report([forgot], ENVIRONMENT)
+
+
 # ---------------------------------------------------------------------------------- real browser
 
 
