@@ -127,6 +127,15 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def html(session: nox.Session) -> None:
+    """The HTML report in headless Chromium, which has to be installed (Debian: chromium)."""
+    if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+        session.error("no Chromium here; on Debian: apt-get install chromium")
+    session.install(*PINNED, "-e", ".", "hypothesis", "jsonschema", "pytest-xdist")
+    session.run("python", "-m", "pytest", "tests/unit/test_report_html.py", *session.posargs)
+
+
+@nox.session(default=False)
 def timemachine(session: nox.Session) -> None:
     """Known faults of PEFT under the releases that had them: are they caught, and only they?"""
     session.install(*PINNED, "-e", ".[model]")

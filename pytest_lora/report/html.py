@@ -119,7 +119,8 @@ def _matrix(tables: Sequence[AdapterTable], numbers: Mapping[int, int]) -> Marku
     head = tag("tr", tag("th", "adapter", scope="col"), *(_column(clean(c)) for c in checks))
     body = []
     for i, table in enumerate(tables):
-        rows = {row.check: row for row in table.rows}
+        # A check may be made several times, for tasks or domains; the sign is that of the worst.
+        rows = {row.check: row for row in (*reversed(table.rows), *reversed(table.troubles))}
         name = tag("a", clean(table.adapter), href=f"#a{i}")
         cells = [_sign(rows.get(check), numbers) for check in checks]
         body.append(tag("tr", tag("th", name, scope="row"), *cells))
@@ -156,21 +157,27 @@ def _plane(tables: Sequence[AdapterTable]) -> Markup | None:
     """What each adapter forgot against what it learned, where both were measured."""
     points, x_limits, y_limits = [], set(), set()
     for table in tables:
-        rows = {row.check: row for row in table.rows if row.measurement is not None}
-        forgot, learned = rows.get("perplexity_drift"), rows.get("task_change")
-        if forgot is None or learned is None:
+        forgot, learned = _measured(table, "perplexity_drift"), _measured(table, "task_accuracy")
+        if not forgot or not learned:
             continue
-        points.append(Point(clean(table.adapter), _interval(forgot), _interval(learned)))
-        x_limits |= _limits(forgot)
-        y_limits |= _limits(learned)
+        # Of several domains and tasks the worst, as everywhere.
+        worst = max(forgot, key=lambda row: _interval(row)[1])
+        least = min(learned, key=lambda row: _interval(row)[1])
+        points.append(Point(clean(table.adapter), _interval(worst), _interval(least)))
+        x_limits |= _limits(worst)
+        y_limits |= _limits(least)
     return plane(
         "Learned and forgotten: above and to the left is better",
         points,
         x_label="perplexity_drift, nats per token",
-        y_label="task_change, accuracy",
+        y_label="task_accuracy",
         x_limits=sorted(x_limits),
         y_limits=sorted(y_limits),
     )
+
+
+def _measured(table: AdapterTable, check: str) -> list[CheckResult]:
+    return [row for row in table.rows if row.check == check and row.measurement is not None]
 
 
 def _interval(row: CheckResult) -> tuple[float, float, float]:

@@ -244,13 +244,21 @@ def test_text_is_escaped_where_it_enters_and_markup_passes_once() -> None:
     assert tag("p", "a\u202eb\x00", open=True, id=None) == "<p open>a\\u202eb\\x00</p>"
 
 
+def test_of_a_check_made_twice_the_matrix_shows_the_worst() -> None:
+    outcomes = (Outcome.PASSED, Outcome.FAILED, Outcome.PASSED)
+    rows = [CheckResult("perplexity_drift", "bad", outcome) for outcome in outcomes]
+    page = page_of(*rows, CheckResult("perplexity_drift", "good", Outcome.PASSED))
+    cells = [a.get("class") for name, a in page.elements if name == "td" and "class" in a]
+    assert cells == ["failed", "passed"]
+
+
 def test_what_was_learned_stands_against_what_was_forgotten() -> None:
     def row(check: str, value: float, bound: Bound) -> CheckResult:
         measured = Measurement(value, "x", 9, low=value - 0.1, high=value + 0.1)
         return CheckResult(check, "good", Outcome.PASSED, measurement=measured, bound=bound)
 
     forgot = row("perplexity_drift", 0.1, Bound.at_most(0.3, "mine"))
-    learned = row("task_change", 0.4, Bound.at_least(0.2, "mine"))
+    learned = row("task_accuracy", 0.4, Bound.at_least(0.2, "mine"))
     page = html_report([forgot, learned], ENVIRONMENT)
     assert "Learned and forgotten" in page
     assert page.count('class="limit"') == 2
