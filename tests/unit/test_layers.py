@@ -53,6 +53,7 @@ ROOMS = {
     "locate": Room(1, frozenset({"huggingface_hub"})),
     "patterns": Room(1),
     "peft_tables": Room(1),
+    "inspection": Room(1),
     "adapter": Room(1, frozenset({"safetensors"})),
     "numerics": Room(1, NUMBERS),
     "stats": Room(1, frozenset({"numpy"})),
@@ -73,6 +74,7 @@ ROOMS = {
     "baseline": Room(4),
     "provenance": Room(4),
     "annotations": Room(4),
+    "comparison": Room(4),
     "strategies": Room(4, frozenset({"hypothesis"})),
     "contract": Room(4, frozenset({"hypothesis"}) | MODEL),
     "fixtures": Room(5, frozenset({"pytest", "torch"})),
@@ -80,6 +82,7 @@ ROOMS = {
     "collection": Room(5, frozenset({"pytest"})),
     "running": Room(5, frozenset({"pytest"})),
     "plugin": Room(6, frozenset({"pytest"})),
+    "cli": Room(6, frozenset({"pytest"})),
 }
 # The same holds for what leads to them.
 FILE_TIER = (*FILE_CHECKS, "adapter", "run", "settings")
