@@ -88,10 +88,12 @@ def files_only(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and formatting."""
-    session.install(*PINNED, "ruff")
+    """Style and formatting; the safety of the action and the workflows."""
+    session.install(*PINNED, "ruff", "zizmor")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    places = ("action.yml", ".github/workflows")
+    session.run("zizmor", "--offline", "--config", ".github/zizmor.yml", *places)
 
 
 @nox.session

@@ -52,8 +52,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(adapters: Sequence[str], further: Sequence[str]) -> int:
-    words = [f"--lora-adapter={adapter}" for adapter in adapters]
+    named = dict.fromkeys(_folder(adapter) for adapter in adapters)
+    words = [f"--lora-adapter={adapter}" for adapter in named]
     return int(pytest.main(["-m", "lora", *words, *further]))
+
+
+def _folder(adapter: str) -> str:
+    """The adapter of a file in it: pre-commit names the files that were changed."""
+    path = Path(adapter)
+    inside = path.name.startswith(("adapter_config.", "adapter_model")) and path.is_file()
+    return str(path.parent) if inside else adapter
 
 
 def _inspect(specs: Sequence[str]) -> int:
