@@ -88,10 +88,12 @@ def files_only(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and formatting."""
-    session.install(*PINNED, "ruff")
+    """Style and formatting; the safety of the action and the workflows."""
+    session.install(*PINNED, "ruff", "zizmor")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    places = ("action.yml", ".github/workflows")
+    session.run("zizmor", "--offline", "--config", ".github/zizmor.yml", *places)
 
 
 @nox.session
@@ -124,6 +126,15 @@ def build(session: nox.Session) -> None:
     session.chdir(away / "work")
     for spelling in ([f"--lora-adapter={EXAMPLE}"], ["--lora-adapter", EXAMPLE]):
         session.run("python", "-m", "pytest", *spelling, *session.posargs)
+
+
+@nox.session(default=False)
+def html(session: nox.Session) -> None:
+    """The HTML report in headless Chromium, which has to be installed (Debian: chromium)."""
+    if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+        session.error("no Chromium here; on Debian: apt-get install chromium")
+    session.install(*PINNED, "-e", ".", "hypothesis", "jsonschema", "pytest-xdist")
+    session.run("python", "-m", "pytest", "tests/unit/test_report_html.py", *session.posargs)
 
 
 @nox.session(default=False)

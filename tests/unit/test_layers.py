@@ -56,6 +56,7 @@ ROOMS = {
     "locate": Room(1, frozenset({"huggingface_hub"})),
     "patterns": Room(1),
     "peft_tables": Room(1),
+    "inspection": Room(1),
     "adapter": Room(1, frozenset({"safetensors"})),
     "init_profile": Room(1),
     "numerics": Room(1, NUMBERS),
@@ -88,6 +89,9 @@ ROOMS = {
     "folders": Room(1, frozenset({"torch", "safetensors"})),
     "tiny_models": Room(2, MODEL),
     "strategies": Room(4, frozenset({"hypothesis"}) | MODEL),
+    "provenance": Room(4),
+    "annotations": Room(4),
+    "comparison": Room(4),
     "contract": Room(4, frozenset({"hypothesis"}) | MODEL),
     "fixtures": Room(5, frozenset({"pytest", "torch"})),
     "suite": Room(5, frozenset({"pytest"})),
@@ -97,6 +101,7 @@ ROOMS = {
     "contract_suite": Room(5, frozenset({"pytest", "hypothesis"})),
     "running": Room(5, frozenset({"pytest"})),
     "plugin": Room(6, frozenset({"pytest"})),
+    "cli": Room(6, frozenset({"pytest"})),
 }
 # The same holds for what leads to them.
 FILE_TIER = (*FILE_CHECKS, "adapter", "run", "settings")
