@@ -28,14 +28,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pytest_lora.memory.allocator import CachingAllocator, round_up
 from pytest_lora.memory.modules import ModuleNames
-from pytest_lora.memory.records import CATEGORIES, LargeTensor, MemoryPeak, grouped
+from pytest_lora.memory.records import CATEGORIES, LargeTensor, MemoryPeak, Moment, grouped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pytest_lora.memory.shadows import ShadowInts
 
-__all__ = ["LiveBytes", "OpPeak", "Workspaces", "exact", "storages"]
+__all__ = ["LiveBytes", "Workspaces", "exact", "storages"]
 
 Op = Any
 """A ``torch._ops.OpOverload``."""
@@ -66,23 +66,17 @@ def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
 
 @dataclass(slots=True, eq=False)
 class _Record:
-    """A live storage."""
+    """A storage: its bytes, its size in the books and what of it still counts there."""
 
     bytes: int
     size: int
+    held: int
     category: int
     op: str
     module: str
+    born: int
     block: Any = None
     watch: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class OpPeak:
-    """The largest sum right after one operator in one phase, and what it was made of."""
-
-    live: int
-    by_category: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -92,7 +86,9 @@ class _Peak:
     op: str = ""
     module: str = ""
     phase: str = ""
-    alive: list[LargeTensor] = field(default_factory=list)
+    at: int = 0
+    dead: list[_Record] = field(default_factory=list)
+    """Records that were alive then and have died since."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -128,10 +124,8 @@ class LiveBytes(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.modules = ModuleNames()
         self.live = self.operators = 0
-        self.op_peaks: dict[tuple[str, str], OpPeak] = {}
         self.phases: dict[str, int] = {}
-        self.timeline: list[tuple[int, ...]] | None = [] if timeline else None
-        self.dispatched: dict[str, int] = {}
+        self.timeline: list[Moment] | None = [] if timeline else None
         self._by_category = [0] * len(_COLUMNS)
         self._records: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._alive: dict[int, _Record] = {}
@@ -189,42 +183,40 @@ class LiveBytes(TorchDispatchMode):
         elif storage in self._outside:
             return
         block = self.allocator.allocate(count) if self.allocator is not None else None
-        record = _Record(count, self.rounding(count), category, op, module, block)
+        size = self.rounding(count)
+        record = _Record(count, size, size, category, op, module, self.operators, block)
         record.watch = weakref.ref(storage, lambda _, record=record: self._drop(record))
         self._records[storage] = record
         if count >= _LARGE:
             self._alive[id(record)] = record
-        self.live += record.size
-        self._by_category[category] += record.size
+        self.live += size
+        self._by_category[category] += size
 
     def _drop(self, record: _Record) -> None:
-        self.live -= record.size
-        self._by_category[record.category] -= record.size
-        self._alive.pop(id(record), None)
-        record.size = 0
+        self.live -= record.held
+        self._by_category[record.category] -= record.held
+        if self._alive.pop(id(record), None) is not None and record.born <= self._peak.at:
+            self._peak.dead.append(record)
+        record.held = 0
         if self.allocator is not None:
             self.allocator.release(record.block)
             record.block = None
 
     def _move(self, record: _Record, category: int) -> None:
-        self._by_category[record.category] -= record.size
-        self._by_category[category] += record.size
+        self._by_category[record.category] -= record.held
+        self._by_category[category] += record.held
         record.category = category
 
     def _note(self, op: str, extra: int) -> None:
         now = self.live + extra
         phase = self.phase
-        seen = self.op_peaks.get((phase, op))
-        if seen is None or now > seen.live:
-            self.op_peaks[phase, op] = OpPeak(now, self._columns(extra))
         if now > self.phases.get(phase, -1):
             self.phases[phase] = now
         if now > self._peak.live:
-            self._peak = _Peak(
-                now, self._columns(extra), op, self.modules.current(), phase, self._large()
-            )
+            place = self.modules.current()
+            self._peak = _Peak(now, self._columns(extra), op, place, phase, self.operators)
         if self.timeline is not None:
-            self.timeline.append(self._columns(extra))
+            self.timeline.append(Moment(phase, op, self._columns(extra)))
 
     def _columns(self, extra: int) -> tuple[int, ...]:
         columns = list(self._by_category)
@@ -232,9 +224,11 @@ class LiveBytes(TorchDispatchMode):
         return tuple(columns)
 
     def _large(self) -> list[LargeTensor]:
+        """The large storages alive at the peak."""
+        living = [record for record in self._alive.values() if record.born <= self._peak.at]
         return [
             LargeTensor(record.size, _COLUMNS[record.category], record.op, record.module)
-            for record in self._alive.values()
+            for record in (*living, *self._peak.dead)
         ]
 
     # ---------------------------------------------------------------------------- the operators
@@ -252,8 +246,10 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.adopt:
             self._pass_over((args, kwargs))
-        run = func if self.shadows is None else None
-        out = func(*args, **kwargs) if run else self._shadowed(func, args, kwargs)
+        if self.shadows is None:
+            out = func(*args, **kwargs)
+        else:
+            out = self.shadows.run(func, args, kwargs)
         self.operators += 1
         name = str(func)
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
@@ -265,15 +261,11 @@ class LiveBytes(TorchDispatchMode):
         self._note(name, extra)
         return out
 
-    def _shadowed(self, func: Op, args: Sequence[Any], kwargs: Any) -> Any:
-        assert self.shadows is not None
-        return self.shadows.run(func, args, kwargs)
-
     def _made(self, tensor: torch.Tensor, op: str) -> None:
         for storage in storages(tensor):
-            if storage not in self._records or self._records[storage].bytes != storage.nbytes():
-                large = storage.nbytes() >= _LARGE
-                place = self.modules.current() if large else ""
+            known = self._records.get(storage)
+            if known is None or known.bytes != storage.nbytes():
+                place = self.modules.current() if storage.nbytes() >= _LARGE else ""
                 self._add(storage, self._category(tensor), op, place)
 
     def _category(self, tensor: torch.Tensor) -> int:
@@ -318,7 +310,7 @@ class LiveBytes(TorchDispatchMode):
             module=found.module,
             phase=found.phase,
             phases=dict(self.phases),
-            largest=grouped(found.alive),
+            largest=grouped(self._large()),
             timeline=tuple(self.timeline or ()),
         )
 

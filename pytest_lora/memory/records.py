@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytest_lora.errors import CannotRun
 from pytest_lora.quantities import format_bytes
 from pytest_lora.records import Json
 
-__all__ = ["CATEGORIES", "LargeTensor", "MemoryPeak", "MemoryPrediction", "NotPredictable", "Fit"]
+__all__ = [
+    "CATEGORIES",
+    "Fit",
+    "LargeTensor",
+    "MemoryPeak",
+    "MemoryPrediction",
+    "Moment",
+    "NotPredictable",
+    "grouped",
+]
 
 CATEGORIES = {
     "frozen": "frozen base",
@@ -69,6 +78,14 @@ class LargeTensor:
         return f"{times}{format_bytes(self.bytes)} {CATEGORIES[self.category]}: {self.op}{place}"
 
 
+class Moment(NamedTuple):
+    """What was alive right after an operator: bytes in the order of :data:`CATEGORIES`."""
+
+    phase: str
+    op: str
+    columns: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
     """The peak of a step's live tensor bytes and what made it up.
@@ -79,8 +96,7 @@ class MemoryPeak:
         op, module, phase: what ran then.
         phases: the largest sum during each phase.
         largest: the largest storages alive then, largest first, equal ones counted together.
-        timeline: bytes per category after each operator, where it was asked for; the columns are
-            :data:`CATEGORIES`.
+        timeline: what was alive after each operator, where that was asked for.
     """
 
     live: int
@@ -90,7 +106,7 @@ class MemoryPeak:
     phase: str
     phases: Mapping[str, int]
     largest: tuple[LargeTensor, ...] = ()
-    timeline: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    timeline: tuple[Moment, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Json]:
         """The peak as a JSON object, without its timeline."""
