@@ -17,6 +17,7 @@ be shared between threads.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from pytest_lora.memory.allocator import round_up
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CpuKernels", "CudaKernels", "autocast_on_meta", "cuda_optimizers"]
+__all__ = ["CpuKernels", "CudaKernels", "autocast_on_meta", "cuda_workspaces", "optimizers_on_meta"]
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -349,22 +350,22 @@ def autocast_on_meta() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cuda_optimizers() -> Iterator[None]:
-    """Optimizers treat meta tensors as CUDA's: foreach by default, fused allowed."""
+def optimizers_on_meta(*, foreach: bool) -> Iterator[None]:
+    """Optimizers take meta tensors for fused steps, and for foreach by default, as on CUDA."""
     from torch.utils import _foreach_utils
 
+    names = ["_get_fused_kernels_supported_devices"]
+    if foreach:
+        names.append("_get_foreach_kernels_supported_devices")
     # torch.optim hides its module "optimizer" behind another name.
+    modules = (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__])
     saved = []
-    for module in (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__]):
-        for name in (
-            "_get_foreach_kernels_supported_devices",
-            "_get_fused_kernels_supported_devices",
-        ):
-            original = getattr(module, name, None)
-            if original is not None:
-                saved.append((module, name, original))
-                devices = [*original(), "meta"]
-                setattr(module, name, lambda devices=devices: devices)
+    for module, name in itertools.product(modules, names):
+        original = getattr(module, name, None)
+        if original is not None:
+            saved.append((module, name, original))
+            devices = [*original(), "meta"]
+            setattr(module, name, lambda devices=devices: devices)
     try:
         yield
     finally:

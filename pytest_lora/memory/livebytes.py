@@ -33,7 +33,7 @@ from pytest_lora.memory.records import CATEGORIES, LargeTensor, MemoryPeak, Mome
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from pytest_lora.memory.shadows import ShadowInts
+    from pytest_lora.memory.shadows import Shadows
 
 __all__ = ["LiveBytes", "Workspaces", "exact", "storages"]
 
@@ -113,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
         rounding: Callable[[int], int] = exact,
         workspaces: Workspaces | None = None,
         allocator: CachingAllocator | None = None,
-        shadows: ShadowInts | None = None,
+        shadows: Shadows | None = None,
         vocabulary: int | None = None,
         timeline: bool = False,
         adopt: bool = False,

@@ -1,9 +1,10 @@
-"""True values of small integers beside tensors that have none.
+"""True values of small tensors beside tensors that have none.
 
 A model asks its batch questions: is every position attended to, are the positions consecutive?  On
-the meta device there is no answer, and guessing takes the wrong branch.  So small integer and
-boolean tensors whose values are known keep a real copy, and every operator that gets only such
-tensors is run on the copies too.  What depends on unknown values, floats above all, still raises.
+the meta device there is no answer, and guessing takes the wrong branch.  So the integers and
+booleans of the batch keep a real copy, and every operator that gets nothing but known tensors and
+constants, and makes small ones, is run on the copies too.  Weights and what is computed from them
+stay unknown, and a question about their values raises.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pytest_lora.memory.records import NotPredictable
 
-__all__ = ["ShadowInts"]
+__all__ = ["Shadows"]
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 LIMIT = 1 << 20
 """Elements up to which a copy is kept: masks of a batch, not tensors of a model."""
+_EMPTY = ("aten.empty", "aten.new_empty")
 
 
-class ShadowInts:
+class Shadows:
     """Executes operators on meta tensors, and on the real copies of those it knows."""
 
     def __init__(self) -> None:
@@ -50,7 +52,7 @@ class ShadowInts:
         made = [item for item in tree_iter(out) if isinstance(item, torch.Tensor)]
         if not made or not all(map(_may_be_known, made)):
             return out
-        if torch.Tag.nondeterministic_seeded not in func.tags and all(map(self._known, given)):
+        if _repeatable(func) and all(map(self._known, given)):
             for empty, value in zip(made, self._real(func, args, kwargs), strict=True):
                 self._values[empty] = value
         else:  # written in place with what nobody knows
@@ -88,6 +90,10 @@ def _has_fractions(tensor: torch.Tensor) -> bool:
 
 
 def _may_be_known(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.device.type == "meta" and not _has_fractions(tensor) and tensor.numel() <= LIMIT
-    )
+    return tensor.device.type == "meta" and tensor.numel() <= LIMIT
+
+
+def _repeatable(func: Any) -> bool:
+    """Whether the operator's result follows from its arguments: no chance, no leftovers."""
+    chance = torch.Tag.nondeterministic_seeded in func.tags
+    return not chance and not str(func).startswith(_EMPTY)

@@ -18,11 +18,11 @@ from pytest_lora.memory.kernels import (
     CpuKernels,
     CudaKernels,
     autocast_on_meta,
-    cuda_optimizers,
     cuda_workspaces,
+    optimizers_on_meta,
 )
 from pytest_lora.memory.livebytes import LiveBytes
-from pytest_lora.memory.shadows import ShadowInts
+from pytest_lora.memory.shadows import Shadows
 from pytest_lora.memory.workload import (
     Workload,
     make_batches,
@@ -31,7 +31,7 @@ from pytest_lora.memory.workload import (
     training_step,
 )
 
-__all__ = ["count_steps", "run_step", "trace_on_cpu", "trace_on_cuda"]
+__all__ = ["count_steps", "fill_state", "run_step", "trace_on_cpu", "trace_on_cuda"]
 
 Tensors = list[dict[str, torch.Tensor]]
 
@@ -55,19 +55,19 @@ def trace_on_cuda(
         rounding=round_up,
         workspaces=cuda_workspaces(),
         allocator=CachingAllocator() if replay else None,
-        shadows=ShadowInts(),
+        shadows=Shadows(),
         vocabulary=workload.vocabulary,
         timeline=timeline,
     )
-    return _trace(workload, counter, kernels, cuda_optimizers())
+    return _trace(workload, counter, kernels, optimizers_on_meta(foreach=True))
 
 
 def trace_on_cpu(workload: Workload, *, timeline: bool = False) -> LiveBytes:
     """The step as the CPU would run it, without doing the work: what the truth is held against."""
     counter = LiveBytes(
-        shadows=ShadowInts(), vocabulary=workload.vocabulary, timeline=timeline
+        shadows=Shadows(), vocabulary=workload.vocabulary, timeline=timeline
     )
-    return _trace(workload, counter, CpuKernels())
+    return _trace(workload, counter, CpuKernels(), optimizers_on_meta(foreach=False))
 
 
 def _trace(
@@ -84,7 +84,7 @@ def _trace(
         ]
         optimizer = make_optimizer(workload, model)
         if workload.step is None:
-            _fill_state(optimizer)
+            fill_state(optimizer)
         count_steps(counter, model, optimizer, batches, _step_of(workload), _steps(workload, 1))
     return counter
 
@@ -141,7 +141,7 @@ def _steps(workload: Workload, plain: int) -> int:
     return 2 if workload.step is not None else plain
 
 
-def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
     """Have the optimizer make its state, so that one traced step is a step of a running job."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

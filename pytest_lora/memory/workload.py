@@ -292,11 +292,11 @@ def _architecture(config: Any) -> str:
 def _adapted(model: Any, workload: Workload) -> Any:
     from peft import get_peft_model
 
+    config = copy.deepcopy(workload.adapter)
     dtype = workload.adapter_dtype
-    automatic = dtype is None
-    adapted = get_peft_model(
-        model, copy.deepcopy(workload.adapter), autocast_adapter_dtype=automatic
-    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=dtype is None)
+    if dtype is None and not getattr(config, "is_prompt_learning", False):
+        dtype = torch.float64 if workload.dtype == torch.float64 else None
     if dtype is not None:
         # PEFT leaves adapters on the meta device in float32, whatever they should become.
         for parameter in adapted.parameters():
