@@ -45,8 +45,8 @@ def _parse(text: str) -> int:
             "as in '14 GiB' or '500 MB'"
         )
     whole, _, fraction = match["number"].replace("_", "").partition(".")
-    exact = int(whole + fraction) * factor
-    return exact // 10 ** len(fraction)
+    scale: int = 10 ** len(fraction)
+    return int(whole + fraction) * factor // scale
 
 
 def format_bytes(count: int) -> str:

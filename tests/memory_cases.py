@@ -31,7 +31,8 @@ _DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob", "dropout", "
 
 def llama(**changes: Any) -> Any:
     shape = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 344,
-             "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
+             "num_hidden_layers": 3, "num_attention_heads": 8,
+             "num_key_value_heads": 2}  # fmt: skip
     return hf.LlamaConfig(**{**shape, **changes})
 
 

@@ -185,7 +185,9 @@ def _weights(model: torch.nn.Module) -> Iterator[Weights]:
             kinds.setdefault((place, shape), []).append((sizes[False], sizes[True]))
     for (place, shape), counts in kinds.items():
         frozen, trainable = (sum(column) for column in zip(*counts, strict=True))
-        yield Weights(place.removeprefix("base_model.model."), len(counts), shape, frozen, trainable)
+        yield Weights(
+            place.removeprefix("base_model.model."), len(counts), shape, frozen, trainable
+        )
 
 
 def _saved(model: Any) -> dict[str, torch.Tensor]:

@@ -116,9 +116,7 @@ def _combine(peaks: Sequence[MemoryPeak], steps_on: int) -> MemoryPeak | None:
     deepest = peaks[-1]
     module = deepest.module if deepest.op == best.op else ""
     columns = dict(zip(CATEGORIES, best.columns, strict=True))
-    return MemoryPeak(
-        _live(best), columns, best.op, module, best.phase, phases, deepest.largest
-    )
+    return MemoryPeak(_live(best), columns, best.op, module, best.phase, phases, deepest.largest)
 
 
 def _counts(kernels: Sequence[Kernels], steps_on: int) -> Kernels | None:

@@ -21,15 +21,12 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 
 from pytest_lora.memory.allocator import round_up
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["CpuKernels", "CudaKernels", "autocast_on_meta", "cuda_workspaces", "optimizers_on_meta"]
 
@@ -150,7 +147,11 @@ class CudaKernels(_Patches):
         return fitting and aligned and plain and (self.efficient_groups or not grouped)
 
     def _dropout(
-        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False  # noqa: A002
+        self,
+        input: Tensor,  # noqa: A002
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
     ) -> Tensor:
         if 0 < p < 1 and training and not inplace:
             self.chosen["native dropout"] += 1
@@ -271,7 +272,7 @@ def _learns(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-# ------------------------------------------------------------------- what kernels take for themselves
+# ----------------------------------------------------------------- what kernels take for themselves
 
 
 def _flash_backward(args: Sequence[Any], _out: Any) -> int:
@@ -303,13 +304,13 @@ def _efficient_backward(args: Sequence[Any], _out: Any) -> int:
 
 
 def _cudnn_backward(args: Sequence[Any], _out: Any) -> int:
-    """cuDNN is closed: taken to accumulate the queries' gradient and row sums in float32."""
+    """CuDNN is closed: taken to accumulate the queries' gradient and row sums in float32."""
     batch, heads, rows, width = args[1].shape
     return int(4 * batch * heads * rows * (width + 1))
 
 
 def _dequantised(args: Sequence[Any], _out: Any) -> int:
-    """bitsandbytes 0.50 dequantises the whole weight inside the product if there are many rows."""
+    """Bitsandbytes 0.50 dequantises the whole weight inside the product if there are many rows."""
     rows = args[0].numel() // args[0].shape[-1]
     weight = args[2][0] * args[2][1]
     if rows <= 64:
@@ -342,11 +343,11 @@ def autocast_on_meta() -> Iterator[None]:
         def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
             super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
-    torch.autocast = torch.amp.autocast = Autocast  # type: ignore[misc, attr-defined]
+    torch.autocast = torch.amp.autocast = Autocast  # type: ignore[misc]
     try:
         yield
     finally:
-        torch.autocast = torch.amp.autocast = original  # type: ignore[misc, attr-defined]
+        torch.autocast = torch.amp.autocast = original  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -15,24 +15,23 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pytest_lora.memory.allocator import CachingAllocator, round_up
+from pytest_lora.memory.allocator import CachingAllocator
 from pytest_lora.memory.modules import ModuleNames
 from pytest_lora.memory.records import CATEGORIES, LargeTensor, MemoryPeak, Moment, grouped
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from pytest_lora.memory.shadows import Shadows
 
 __all__ = ["LiveBytes", "Workspaces", "exact", "storages"]
@@ -55,13 +54,14 @@ def exact(count: int) -> int:
 
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages beneath a tensor, those of a wrapper subclass's parts included."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            part = getattr(tensor, name)
-            if isinstance(part, torch.Tensor):
-                yield from storages(part)
-    else:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
         yield tensor.untyped_storage()
+        return
+    for name in flatten()[0]:
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):
+            yield from storages(part)
 
 
 @dataclass(slots=True, eq=False)
@@ -118,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
         timeline: bool = False,
         adopt: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.rounding, self.adopt = device, rounding, adopt
         self.workspaces, self.allocator, self.shadows = workspaces or {}, allocator, shadows
         self.vocabulary = vocabulary
@@ -185,12 +185,15 @@ class LiveBytes(TorchDispatchMode):
         block = self.allocator.allocate(count) if self.allocator is not None else None
         size = self.rounding(count)
         record = _Record(count, size, size, category, op, module, self.operators, block)
-        record.watch = weakref.ref(storage, lambda _, record=record: self._drop(record))
+        record.watch = weakref.ref(storage, partial(self._died, record))
         self._records[storage] = record
         if count >= _LARGE:
             self._alive[id(record)] = record
         self.live += size
         self._by_category[category] += size
+
+    def _died(self, record: _Record, _watch: object) -> None:
+        self._drop(record)
 
     def _drop(self, record: _Record) -> None:
         self.live -= record.held
@@ -235,7 +238,9 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def phase(self) -> str:
-        """"optimizer" inside an optimizer's step, "backward" inside autograd, else "forward"."""
+        """The part of the step: "optimizer" inside an optimizer's step, "backward" inside autograd,
+        else "forward".
+        """
         if self._optimizing:
             return "optimizer"
         return "backward" if torch._C._current_graph_task_id() != -1 else "forward"
@@ -292,11 +297,11 @@ class LiveBytes(TorchDispatchMode):
             handle = register(lambda *_, value=value: setattr(self, "_optimizing", value))
             self._hooks.callback(handle.remove)
         self._note("before", 0)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
     @property

@@ -10,13 +10,10 @@ from __future__ import annotations
 import bisect
 import weakref
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["ModuleNames"]
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pytest_lora.errors import UsageError
 from pytest_lora.loading import parse_dtype
 from pytest_lora.memory.depth import extrapolate as from_shallow
@@ -19,7 +17,7 @@ from pytest_lora.memory.tracing import trace_on_cuda
 from pytest_lora.memory.workload import Workload, read_adapter_config, read_config
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import torch
 
     from pytest_lora.memory.workload import MakeOptimizer, Step
 
@@ -139,6 +137,7 @@ PretrainedConfigLike = Any
 AdapterLike = Any
 """A ``peft.PeftConfig``, the path of an adapter folder, or None."""
 
+_CHECKPOINTING = {False: "", True: "non-reentrant"}
 _Found = tuple[MemoryPeak, "int | None", "int | None", dict[str, int], str]
 
 
@@ -187,7 +186,7 @@ def make_workload(
     base = parse_dtype(dtype)
     if base is None:
         raise UsageError("dtype: a prediction needs a format, not auto, as in dtype='bfloat16'")
-    how = {True: "non-reentrant", False: ""}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
+    how = checkpointing if isinstance(checkpointing, str) else _CHECKPOINTING[checkpointing]
     return Workload(
         config=read_config(model),
         adapter=read_adapter_config(adapter),

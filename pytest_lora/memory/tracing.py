@@ -64,9 +64,7 @@ def trace_on_cuda(
 
 def trace_on_cpu(workload: Workload, *, timeline: bool = False) -> LiveBytes:
     """The step as the CPU would run it, without doing the work: what the truth is held against."""
-    counter = LiveBytes(
-        shadows=Shadows(), vocabulary=workload.vocabulary, timeline=timeline
-    )
+    counter = LiveBytes(shadows=Shadows(), vocabulary=workload.vocabulary, timeline=timeline)
     return _trace(workload, counter, CpuKernels(), optimizers_on_meta(foreach=False))
 
 
@@ -131,9 +129,7 @@ def count_steps(
 def _step_of(workload: Workload) -> Callable[[Any, torch.optim.Optimizer, Any], object]:
     if workload.step is not None:
         return workload.step
-    return lambda model, optimizer, batches: training_step(
-        model, optimizer, batches, workload.clip
-    )
+    return lambda model, optimizer, batches: training_step(model, optimizer, batches, workload.clip)
 
 
 def _steps(workload: Workload, plain: int) -> int:

@@ -220,7 +220,9 @@ def _from_file(data: dict[str, Any], name: str) -> PeftConfig:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = str(data.get("peft_type", "")).upper()
-    classes = {str(getattr(key, "value", key)): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    classes = {
+        str(getattr(key, "value", key)): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     if kind not in classes:
         raise UsageError(f"{name}: peft_type {kind!r} is none this PEFT has")
     known = {item.name for item in dataclasses.fields(classes[kind])}
@@ -357,7 +359,9 @@ def make_optimizer(workload: Workload, model: torch.nn.Module) -> torch.optim.Op
     cls = getattr(torch.optim, name, None)
     if cls is None:
         raise NotPredictable(f"torch {torch.__version__} has no optimizer {name}")
-    optimizer: torch.optim.Optimizer = cls(parameters, **{"lr": 1e-4, **options, **workload.options})
+    optimizer: torch.optim.Optimizer = cls(
+        parameters, **{"lr": 1e-4, **options, **workload.options}
+    )
     return optimizer
 
 
@@ -367,7 +371,7 @@ def training_step(
     batches: Sequence[Batch],
     clip: float | None = None,
 ) -> None:
-    """One optimizer step over ``batches``, as a plain loop does it: nothing is kept but the graph."""
+    """One optimizer step over ``batches``, as a plain loop does it: only the graph is kept."""
     for batch in batches:
         loss = model(**batch).loss / len(batches)
         loss.backward()
