@@ -20,11 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from memory_cases import CASES, QUANTISED, Case  # noqa: E402  (needs the path above)
-from memory_witness import profiled_peak  # noqa: E402
+from memory_cases import CASES, QUANTISED, Case
+from memory_witness import profiled_peak
 
-from pytest_lora.loading import quiet  # noqa: E402
-from pytest_lora.memory.tracing import run_step, trace_on_cpu  # noqa: E402
+from pytest_lora.loading import quiet
+from pytest_lora.memory.tracing import run_step, trace_on_cpu
 
 
 def parse() -> argparse.Namespace:

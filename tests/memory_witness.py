@@ -1,4 +1,4 @@
-"""An independent witness of a step's peak: the allocator's own events, as the profiler sees them."""
+"""An independent witness of a step's peak: the allocator's events, as the profiler sees them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ FILE_CHECKS = (
     "checks.witness",
 )
 # Records, tables and pictures of memory: no tensors.
-PLAIN_MEMORY = ("advice", "allocator", "golden", "profiles", "records")
+PLAIN_MEMORY = ("advice", "allocator", "golden", "plot", "profiles", "records")
 # A module may import from its own floor and from those below.  The longest prefix counts, so that
 # a module can be placed apart from its folder.
 ROOMS = {

@@ -115,13 +115,9 @@ def test_running_out_of_memory_exceeds_any_ceiling() -> None:
 
 
 def test_out_of_memory_is_known_beneath_other_errors() -> None:
-    try:
-        try:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        except RuntimeError as error:
-            raise ValueError("wrapped") from error
-    except ValueError as error:
-        assert is_out_of_memory(error)
+    error = ValueError("wrapped")
+    error.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(error)
     assert not is_out_of_memory(ValueError("another"))
     assert not is_out_of_memory(None)
 

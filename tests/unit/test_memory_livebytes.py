@@ -97,7 +97,9 @@ def test_every_byte_is_under_its_category() -> None:
     counter.track(batch, "batch")
     with counter:
         net(batch).sum().backward()
-        held = {key: counter._columns(0)[place] for place, key in enumerate(counter.peak.by_category)}
+        held = {
+            key: counter._columns(0)[place] for place, key in enumerate(counter.peak.by_category)
+        }
         optimizer.step()
     assert held["frozen"] == 100 * 200 * 4
     assert held["trainable"] == held["gradients"] == 200 * 300 * 4

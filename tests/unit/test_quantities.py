@@ -28,7 +28,8 @@ def test_sizes_are_read_exactly(text: str | int, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["14", "GiB", "-1 GiB", "1 GiBs", "1,5 GiB", "", "0 MB", 0, -5, True, 1.5, None, "٣ MB"]
+    "wrong",
+    ["14", "GiB", "-1 GiB", "1 GiBs", "1,5 GiB", "", "0 MB", 0, -5, True, 1.5, None, "٣ MB"],
 )
 def test_what_is_no_size_is_named(wrong: Any) -> None:
     with pytest.raises(UsageError, match="size"):
