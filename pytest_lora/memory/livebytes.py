@@ -34,7 +34,7 @@ from pytest_lora.memory.records import CATEGORIES, LargeTensor, MemoryPeak, Mome
 if TYPE_CHECKING:
     from pytest_lora.memory.shadows import Shadows
 
-__all__ = ["LiveBytes", "Workspaces", "exact", "storages"]
+__all__ = ["LiveBytes", "Workspaces", "exact", "further_tensors", "storages"]
 
 Op = Any
 """A ``torch._ops.OpOverload``."""
@@ -151,7 +151,7 @@ class LiveBytes(TorchDispatchMode):
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(self._gradient)
                 self._hooks.callback(handle.remove)
-        for name, tensor in _further_tensors(module):
+        for name, tensor in further_tensors(module):
             self.track(tensor, "frozen", name)
 
     def track_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -320,7 +320,7 @@ class LiveBytes(TorchDispatchMode):
         )
 
 
-def _further_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def further_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers, tensors kept as plain attributes, and the parts of quantised weights."""
     yield from module.named_buffers()
     for name, item in module.named_modules():
