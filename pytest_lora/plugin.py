@@ -35,7 +35,10 @@ _MARKERS = (
     "lora_adapter(path, ...): run the test for the adapters at these paths",
     "lora_bounds(check=limit, ...): bounds for this test, for example "
     "lora_bounds(merge_equivalence=2)",
+    'limit_gpu_memory("14 GiB", predicted=None): fail a test that takes more on a GPU; without one '
+    "a prediction, where the marker names a function that makes it, is judged instead",
 )
+_GPU_MARKERS = ("limit_gpu_memory", "gpu")
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -393,10 +396,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     if not _is_ours(item):
         return (yield)
+    from pytest_lora.gpu_tests import refuse_lost_context
     from pytest_lora.running import skip_if_blocked, watch
 
     with watch(item, "setup"):
         skip_if_blocked(item)
+        refuse_lost_context(item)
         return (yield)
 
 
@@ -404,10 +409,21 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     if not _is_ours(item):
         return (yield)
+    from pytest_lora.gpu_tests import limited
     from pytest_lora.running import showing_progress, watch
 
-    with watch(item, "call"), showing_progress(item):
+    with watch(item, "call"), showing_progress(item), limited(item):
         return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test with a memory ceiling is judged by its prediction where there is no GPU."""
+    if pyfuncitem.get_closest_marker("limit_gpu_memory") is None:
+        return None
+    from pytest_lora.gpu_tests import judge_without_gpu
+
+    return judge_without_gpu(pyfuncitem) or None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -422,7 +438,18 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
 
 def _is_ours(item: pytest.Item) -> bool:
     names = getattr(item, "fixturenames", ())
-    return "lora_run" in names or item.get_closest_marker("lora") is not None
+    return "lora_run" in names or any(map(item.get_closest_marker, ("lora", *_GPU_MARKERS)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
+    """What a test leaves on a GPU goes before the next one comes."""
+    done = yield
+    if "torch" in sys.modules:
+        from pytest_lora.gpu_tests import clean_up
+
+        clean_up()
+    return done
 
 
 @pytest.hookimpl(wrapper=True)
@@ -431,6 +458,10 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Our own exceptions are shown as their message: the evidence is in it, not in our frames."""
     report = yield
+    if call.excinfo is not None and report.failed and "torch" in sys.modules:
+        from pytest_lora.gpu_tests import note_lost_context
+
+        note_lost_context(item, call.excinfo.value)
     expected = (CheckFailed, CannotRun, NotApplicable, UsageError)
     if call.excinfo is not None and report.failed and isinstance(call.excinfo.value, expected):
         shown = call.excinfo.getrepr(style="value")

@@ -205,7 +205,7 @@ class GradientWatch:
         for name, tensor in self._named.items():
             if tensor.requires_grad:
                 hook = self._hook(self.seen[name])
-                handle = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                handle = tensor.register_post_accumulate_grad_hook(hook)
                 self._handles.append(handle)
         return self
 

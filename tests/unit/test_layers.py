@@ -39,6 +39,8 @@ FILE_CHECKS = (
     "checks.tensor_names",
     "checks.witness",
 )
+# Records, tables and pictures of memory: no tensors.
+PLAIN_MEMORY = ("advice", "allocator", "golden", "plot", "profiles", "records")
 # A module may import from its own floor and from those below.  The longest prefix counts, so that
 # a module can be placed apart from its folder.
 ROOMS = {
@@ -50,6 +52,7 @@ ROOMS = {
     "settings": Room(0),
     "profile": Room(0),
     "toml_places": Room(0),
+    "sizes": Room(0),
     "_argv": Room(0),
     "strict_json": Room(1),
     "safetensors_header": Room(1),
@@ -62,6 +65,8 @@ ROOMS = {
     "numerics": Room(1, NUMBERS),
     "stats": Room(1, frozenset({"numpy"})),
     "report": Room(1),
+    "memory": Room(2, MODEL | {"bitsandbytes"}),
+    **{f"memory.{name}": Room(1) for name in PLAIN_MEMORY},
     "structure": Room(2, MODEL),
     "loading": Room(2, MODEL | {"huggingface_hub"}),
     "probe": Room(2, MODEL),
@@ -83,6 +88,7 @@ ROOMS = {
     "checks": Room(3, MODEL | NUMBERS),
     **dict.fromkeys(FILE_CHECKS, Room(3)),
     "assertions": Room(4, MODEL),
+    "memory_assertions": Room(4, frozenset({"torch"})),
     "run": Room(4, MODEL),
     "training": Room(4, MODEL),
     "baseline": Room(4),
@@ -100,12 +106,13 @@ ROOMS = {
     "progress": Room(5, frozenset({"pytest"})),
     "contract_suite": Room(5, frozenset({"pytest", "hypothesis"})),
     "running": Room(5, frozenset({"pytest"})),
+    "gpu_tests": Room(5, frozenset({"pytest", "torch"})),
     "plugin": Room(6, frozenset({"pytest"})),
     "cli": Room(6, frozenset({"pytest"})),
 }
 # The same holds for what leads to them.
 FILE_TIER = (*FILE_CHECKS, "adapter", "run", "settings")
-IMPORT_FREE = ("numerics", "checks", "report", "suite")
+IMPORT_FREE = ("numerics", "memory", "checks", "report", "suite")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""GPU memory: live bytes of a real step, and the same predicted from a configuration alone."""

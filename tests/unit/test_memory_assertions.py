@@ -1,0 +1,222 @@
+"""Verdicts about memory, their words and their evidence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+import memory_cases as cases  # noqa: E402
+
+from pytest_lora.errors import CannotRun, CheckFailed, UsageError  # noqa: E402
+from pytest_lora.memory.advice import advice  # noqa: E402
+from pytest_lora.memory.measured import (  # noqa: E402
+    DeviceMemory,
+    MeasuredMemory,
+    is_out_of_memory,
+    measure_cpu_memory,
+    measure_gpu_memory,
+)
+from pytest_lora.memory.predict import predict_memory  # noqa: E402
+from pytest_lora.memory.records import MemoryPrediction  # noqa: E402
+from pytest_lora.memory_assertions import (  # noqa: E402
+    assert_gpu_memory,
+    assert_memory_unchanged,
+    judge_measured,
+    limit_memory,
+    out_of_memory,
+)
+from pytest_lora.records import Outcome, collecting  # noqa: E402
+
+MIB = 1 << 20
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here to measure on")
+
+
+def predict(**options: Any) -> MemoryPrediction:
+    adapter = options.pop("adapter", None) or cases.lora()
+    return predict_memory(cases.llama(), adapter, **{"batch": 2, "sequence": 64, **options})
+
+
+@pytest.fixture(scope="module")
+def prediction() -> MemoryPrediction:
+    return predict()
+
+
+@NO_GPU
+def test_a_prediction_that_fits_passes_and_says_predicted(prediction: MemoryPrediction) -> None:
+    measured = assert_gpu_memory(lambda: None, max_memory="1 GiB", predicted=prediction)
+    assert "predicted" in measured.unit
+    assert measured.value == prediction.predicted / 2**30
+    assert any("assumed kernels" in note for note in measured.notes)
+
+
+@NO_GPU
+def test_one_that_does_not_fit_fails_and_says_what_to_change(prediction: MemoryPrediction) -> None:
+    with pytest.raises(CheckFailed, match="predicted not to fit") as failed:
+        assert_gpu_memory(max_memory=prediction.predicted - 1, predicted=lambda: prediction)
+    assert failed.value.result.outcome is Outcome.FAILED
+    assert "logits take" in failed.value.result.advice
+    assert "alive then" in str(failed.value)
+
+
+@NO_GPU
+def test_one_within_its_margin_is_no_promise(prediction: MemoryPrediction) -> None:
+    with pytest.raises(CheckFailed, match="too close to call") as failed:
+        assert_gpu_memory(max_memory=prediction.at_most - 1, predicted=prediction)
+    assert failed.value.result.outcome is Outcome.INCONCLUSIVE
+
+
+@NO_GPU
+def test_nothing_to_measure_on_and_nothing_predicted_is_no_verdict() -> None:
+    with pytest.raises(CannotRun, match="no CUDA device") as missing:
+        assert_gpu_memory(lambda: None, max_memory="1 GiB")
+    assert missing.value.missing
+    with pytest.raises(CannotRun, match="torch sees none here"), measure_gpu_memory():
+        pass
+
+
+def test_a_size_that_is_none_is_a_usage_error(prediction: MemoryPrediction) -> None:
+    with pytest.raises(UsageError, match="14 gigs"):
+        assert_gpu_memory(max_memory="14 gigs", predicted=prediction)
+
+
+# ------------------------------------------------------------------------------- measurements
+
+
+def taken(allocated: int) -> MeasuredMemory:
+    devices = (DeviceMemory("cuda:0", allocated, 2 * allocated, 3 * MIB, 4 * MIB),
+               DeviceMemory("cuda:1", allocated // 2, allocated))  # fmt: skip
+    return MeasuredMemory(devices, None, False)
+
+
+def test_a_measurement_is_judged_by_its_fullest_device(prediction: MemoryPrediction) -> None:
+    with collecting() as results:
+        found = judge_measured(taken(100 * MIB), 100 * MIB, "step", prediction)
+    assert [result.outcome for result in results] == [Outcome.PASSED]
+    assert found.details["predicted"] == prediction.to_dict()
+    assert any("above 3.00 MiB" in note for note in found.notes)
+    with pytest.raises(CheckFailed, match="measured"):
+        judge_measured(taken(100 * MIB), 100 * MIB - 1)
+
+
+def test_running_out_of_memory_exceeds_any_ceiling() -> None:
+    with pytest.raises(CheckFailed, match="ran out of memory: tried 5 GiB") as failed:
+        out_of_memory(taken(10 * MIB), 2**40, "step", RuntimeError("tried 5 GiB"))
+    assert failed.value.result.measurement is not None
+    assert failed.value.result.measurement.value == math.inf
+
+
+def test_out_of_memory_is_known_beneath_other_errors() -> None:
+    error = ValueError("wrapped")
+    error.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(ValueError("another"))
+    assert not is_out_of_memory(None)
+
+
+def test_a_block_is_held_to_its_live_tensors() -> None:
+    with limit_memory("4000 B") as block:
+        kept = torch.empty(1000)
+    assert (block.allocated, block.devices[0].allocated_after) == (4000, kept.nbytes)
+    with pytest.raises(CheckFailed, match="live tensors"), limit_memory("3999 B"):
+        kept = torch.empty(1000)
+
+
+def test_an_open_block_has_no_number_yet() -> None:
+    with measure_cpu_memory() as block, pytest.raises(CannotRun, match="after the block"):
+        assert block.allocated
+    assert block.allocated == 0
+
+
+def test_an_error_in_the_block_is_the_blocks_own() -> None:
+    with pytest.raises(ZeroDivisionError), limit_memory("1 GiB") as block:
+        _ = 1 / 0
+    assert block.allocated == 0
+
+
+# ------------------------------------------------------------------------------------- advice
+
+
+def first(**options: Any) -> str:
+    found = predict(**{"padding": "none", **options})
+    return " | ".join(advice(found.peak, found.request))
+
+
+def test_advice_is_about_what_is_there_and_not_yet_done() -> None:
+    assert "gradient checkpointing" in first()
+    assert "gradient checkpointing" not in first(checkpointing=True)
+    assert "sdpa" in first(attention="eager", sequence=256, batch=1)
+    assert "sdpa" not in first(attention="sdpa")
+    assert "float32 copies" in first(sequence=512)
+    assert "float32 copies" not in first(sequence=512, adapter_dtype="bfloat16")
+
+
+# -------------------------------------------------------------------------------- golden bytes
+
+
+def test_a_recorded_number_holds(tmp_path: Path, prediction: MemoryPrediction) -> None:
+    file = tmp_path / "memory.json"
+    assert_memory_unchanged(prediction, file, "llama", update=True)
+    text = file.read_text()
+    assert assert_memory_unchanged(predict(), file, "llama").value == 0
+    assert_memory_unchanged(prediction, file, "llama", update=True)
+    assert file.read_text() == text, "the file is the same for the same number"
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"checkpointing": True}, "request: checkpointing"),
+        ({"adapter": cases.lora(target_modules=["q_proj"])}, "request: adapter"),
+        ({"dtype": "float32"}, "request: dtype"),
+        ({"batch": 3}, "request: batch"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_change_is_found_and_explained(
+    tmp_path: Path, prediction: MemoryPrediction, options: dict[str, Any], cause: str
+) -> None:
+    file = tmp_path / "memory.json"
+    assert_memory_unchanged(prediction, file, "llama", update=True)
+    with pytest.raises(CheckFailed) as failed:
+        assert_memory_unchanged(predict(**options), file, "llama")
+    message = str(failed.value)
+    assert cause in message
+    assert "update=True" in message
+    assert f"{prediction.peak.live:,}, as recorded" in message
+
+
+def test_a_change_of_one_byte_is_one(tmp_path: Path, prediction: MemoryPrediction) -> None:
+    file = tmp_path / "memory.json"
+    peak = dataclasses.replace(prediction.peak, live=prediction.peak.live + 1)
+    assert_memory_unchanged(prediction, file, "llama", update=True)
+    with pytest.raises(CheckFailed, match="1 bytes more or less"):
+        assert_memory_unchanged(dataclasses.replace(prediction, peak=peak), file, "llama")
+
+
+def test_an_update_leaves_the_other_entries(tmp_path: Path, prediction: MemoryPrediction) -> None:
+    file = tmp_path / "memory.json"
+    for name in ("one", "two"):
+        assert_memory_unchanged(prediction, file, name, update=True)
+    assert set(json.loads(file.read_text())["entries"]) == {"one", "two"}
+
+
+def test_what_is_not_recorded_or_no_baseline_is_named(
+    tmp_path: Path, prediction: MemoryPrediction
+) -> None:
+    file = tmp_path / "memory.json"
+    with pytest.raises(UsageError, match="records nothing under 'llama'"):
+        assert_memory_unchanged(prediction, file, "llama")
+    for text in ("[]", "{", '{"format": 9, "entries": {}}', '{"format": 1, "entries": {"a": 1}}'):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=r"memory\.json"):
+            assert_memory_unchanged(prediction, file, "llama")

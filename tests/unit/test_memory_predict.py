@@ -1,0 +1,252 @@
+"""Predictions for a GPU: what they say, how they move, what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+import memory_cases as cases  # noqa: E402
+
+from pytest_lora.errors import CannotRun, UsageError  # noqa: E402
+from pytest_lora.memory.depth import period  # noqa: E402
+from pytest_lora.memory.predict import make_workload, predict_memory  # noqa: E402
+from pytest_lora.memory.profiles import PROFILES, find_profile  # noqa: E402
+from pytest_lora.memory.records import Fit, MemoryPrediction, NotPredictable  # noqa: E402
+
+MIB = 1 << 20
+STEP: dict[str, Any] = {"batch": 2, "sequence": 64}
+
+
+def predict(config: Any = None, adapter: Any = None, **options: Any) -> MemoryPrediction:
+    adapter = cases.lora() if adapter is None else adapter
+    return predict_memory(config or cases.llama(), adapter, **{**STEP, **options})
+
+
+def test_a_prediction_adds_up_and_survives_json() -> None:
+    found = predict()
+    assert sum(found.peak.by_category.values()) == found.peak.live
+    assert found.allocated is not None
+    assert found.reserved is not None
+    assert found.peak.live <= found.allocated <= found.reserved
+    assert found.predicted == found.allocated + found.workspaces
+    again = MemoryPrediction.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again == found
+
+
+def test_it_repeats_to_the_byte() -> None:
+    first, second = predict(), predict()
+    assert dataclasses.replace(first, seconds=0) == dataclasses.replace(second, seconds=0)
+
+
+def test_it_leaves_torch_as_it_was() -> None:
+    import torch.nn.functional as F
+
+    names = ("scaled_dot_product_attention", "dropout", "rms_norm")
+    before = [getattr(F, name) for name in names]
+    autocast = torch.autocast
+    predict(adapter=cases.lora(lora_dropout=0.1))
+    assert [getattr(F, name) for name in names] == before
+    assert torch.autocast is autocast
+
+
+def live(**options: Any) -> int:
+    return predict(**options).peak.live
+
+
+def test_what_takes_more_is_predicted_to_take_more() -> None:
+    plain = live(padding="none")
+    assert live(padding="none", batch=3) > plain
+    assert live(padding="none", attention="eager") > plain
+    assert live(padding="none", adapter=cases.lora(r=32)) > plain
+    assert live(padding="none", adapter=cases.lora(use_dora=True)) > plain
+    assert live(padding="none", dtype="float32") > plain
+    assert live(padding="none", adapter_dtype="bfloat16") < plain
+    assert live(padding="none", checkpointing=True) < plain
+
+
+def test_kernels_follow_from_the_inputs() -> None:
+    assert predict(padding="none").kernels == {"flash": 3}
+    assert predict(padding="padded").kernels == {"efficient": 3}
+    assert predict(padding="none", dtype="float32").kernels == {"math": 3}, "fewer key heads"
+    assert "native dropout" in predict(adapter=cases.lora(lora_dropout=0.1)).kernels
+
+
+def test_a_ceiling_has_three_outcomes() -> None:
+    found = predict()
+    assert found.fit(found.at_most) is Fit.FITS
+    assert found.fit(found.at_most - 1) is Fit.TOO_CLOSE
+    assert found.fit(found.predicted) is Fit.TOO_CLOSE
+    assert found.fit(found.predicted - 1) is Fit.DOES_NOT_FIT
+    assert found.fit() is Fit.FITS, "the card's own memory"
+
+
+def test_the_card_decides_workspaces_and_room() -> None:
+    small, large = predict(profile="24gb"), predict(profile="h200-141gb")
+    assert small.workspaces < large.workspaces
+    assert small.usable < large.usable
+    assert small.peak.live == large.peak.live
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("h100-80", "h100-80gb"), ("rtx4090", "rtx4090-24gb")])
+def test_an_unknown_card_is_told_its_neighbour(wrong: str, near: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{near}'"):
+        find_profile(wrong)
+
+
+def test_a_class_is_its_tightest_card() -> None:
+    for name, card in (("24gb", "l4-24gb"), ("80GB", "h100-80gb")):
+        assert find_profile(name) is PROFILES[card]
+    for kind in ("24gb", "80gb"):
+        of_kind = [card for name, card in PROFILES.items() if name.endswith(kind)]
+        assert find_profile(kind).usable == min(card.usable for card in of_kind)
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def test_a_step_that_reads_a_value_is_refused_by_name() -> None:
+    def step(model: Any, optimizer: Any, batches: Any) -> None:
+        loss = model(**batches[0]).loss
+        if loss.item() > 0:
+            loss.backward()
+
+    with pytest.raises(NotPredictable, match="reads the value of a float32 tensor"):
+        predict(step=step)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
+def test_optimizers_that_run_on_a_gpu_only_are_refused_by_name(name: str) -> None:
+    with pytest.raises(NotPredictable, match=name):
+        predict(optimizer=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "lion"}, "optimizer 'lion' is none of"),
+        ({"padding": "left"}, "padding 'left' is none of"),
+        ({"checkpointing": "on"}, "checkpointing 'on' is none of"),
+        ({"quantisation": "int3"}, "quantisation 'int3' is none of"),
+        ({"dtype": "auto"}, "dtype"),
+        ({"dtype": "bf8"}, "bf8"),
+        ({"batch": 0}, "batch 0 is not a positive whole number"),
+        ({"accumulation": -1}, "accumulation -1"),
+        ({"margin": 1.5}, "margin 1.5"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        predict(**options)
+
+
+def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not 5"):
+        predict(config=5)
+    with pytest.raises(UsageError, match="an adapter is"):
+        predict(adapter=5)
+    with pytest.raises(CannotRun, match=r"config\.json"):
+        predict(config=tmp_path)
+
+
+def test_a_model_that_cannot_be_built_is_refused_by_name() -> None:
+    with pytest.raises(NotPredictable, match="cannot be built"):
+        predict(adapter=cases.lora(target_modules=["no_such_module"]))
+
+
+def test_nothing_to_train_is_refused() -> None:
+    empty = cases.lora(layers_to_transform=[2], inference_mode=True)
+    with pytest.raises(NotPredictable, match="trainable"):
+        predict(adapter=empty)
+
+
+def test_models_and_adapters_come_from_folders_too(tmp_path: Path) -> None:
+    cases.llama().save_pretrained(tmp_path / "base")
+    config = cases.lora(target_modules=["q_proj"])
+    config.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
+    by_path = predict(tmp_path / "base", str(tmp_path / "adapter"))
+    assert by_path.peak.live == predict(adapter=config).peak.live
+
+
+# --------------------------------------------------------------------------------------- steps
+
+
+def test_the_users_own_step_is_traced() -> None:
+    def keeps_outputs(model: Any, optimizer: Any, batches: Any) -> None:
+        outputs = model(**batches[0])
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    logits = 2 * 64 * 2000 * 2
+    own = predict(step=keeps_outputs)
+    assert own.peak.live - live() >= logits, "the outputs hold the logits during backward"
+    assert own.request["step"] == "custom"
+
+
+def test_the_users_own_optimizer_is_taken() -> None:
+    own = predict(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    assert own.peak.live == live(optimizer="sgd")
+
+
+def test_the_users_own_batch_is_taken() -> None:
+    ids = torch.arange(128).view(2, 64)
+    own = predict(inputs={"input_ids": ids, "labels": ids})
+    assert own.peak.live == live(padding="none")
+
+
+# --------------------------------------------------------------------------------------- depth
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "none"},
+        {"checkpointing": True, "clip": 1.0},
+        {"optimizer": "adamw_loop", "accumulation": 2, "dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_three_shallow_models_give_the_deep_one_to_the_byte(options: dict[str, Any]) -> None:
+    config = cases.llama(num_hidden_layers=13)
+    whole = predict(config, **options)
+    shallow = predict(config, extrapolate=True, **options)
+    assert "extrapolated" in shallow.method
+    assert (shallow.allocated, shallow.reserved) == (None, None)
+    assert shallow.kernels == whole.kernels
+    for name in ("live", "by_category", "op", "phase", "phases"):
+        assert getattr(shallow.peak, name) == getattr(whole.peak, name), name
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        cases.lora(layers_to_transform=[0, 7]),
+        cases.lora(rank_pattern={r"layers\.3\.self_attn\.q_proj": 32}),
+    ],
+    ids=["some layers", "one layer's rank"],
+)
+def test_layers_that_differ_are_traced_whole(adapter: Any) -> None:
+    found = predict(cases.llama(num_hidden_layers=13), adapter, extrapolate=True)
+    assert found.method == "traced whole"
+
+
+def test_shallow_models_are_traced_whole() -> None:
+    assert predict(extrapolate=True).method == "traced whole"
+
+
+def test_the_period_is_that_of_the_layer_types() -> None:
+    import transformers
+
+    gemma = transformers.Gemma3TextConfig(**{**cases.GROUPED, "num_hidden_layers": 20}, head_dim=16)
+    options = {"dtype": "bfloat16", "batch": 1, "sequence": 8}
+    assert period(make_workload(gemma, cases.everywhere(), **options)) == 6
+    assert period(make_workload(cases.llama(num_hidden_layers=9), cases.lora(), **options)) == 1
