@@ -214,7 +214,9 @@ def test_what_is_wrong_is_named_with_its_place(
 
 def test_unknown_forms_name_the_nearest(tmp_path: Path) -> None:
     file = write(tmp_path / "x.jsonl", {"promt": "a", "answer": "b"})
-    with pytest.raises(UsageError, match=r"x.jsonl:1: no known form has the fields 'promt', 'answer"):
+    with pytest.raises(
+        UsageError, match=r"x.jsonl:1: no known form has the fields 'promt', 'answer"
+    ):
         read_task(file)
     with pytest.raises(UsageError, match=r"lacks prompt \(did you mean 'promt'\?\)"):
         read_task(file)
@@ -249,7 +251,9 @@ def test_arrays_are_cut_right_at_any_chunk(
 ) -> None:
     monkeypatch.setattr(rows, "_CHUNK", size)
     file = tmp_path / "x.json"
-    file.write_text('[\n{"prompt": "\\"]}\\\\", "answer": "1"},\n {"prompt": "[", "answer": "2"}\n]')
+    file.write_text(
+        '[\n{"prompt": "\\"]}\\\\", "answer": "1"},\n {"prompt": "[", "answer": "2"}\n]'
+    )
     items = read_task(file).items
     assert [(item.prompt, item.answer) for item in items] == [('"]}\\', "1"), ("[", "2")]
     assert [row.line for row in rows.read_rows(file)] == [2, 3]
@@ -374,7 +378,7 @@ MISTAKES = [
     ({"path": "t", "min_accuracy": 50}, "min_accuracy = 50, expected a number from 0 to 1"),
     ({"path": "t", "min_accuracy": True}, "min_accuracy = True, expected a number"),
     ({"path": "t", "grader": "gsm8"}, r"expected exact, .*did you mean 'gsm8k'"),
-    ({"path": "t", "grader": "regex"}, "grader = \"regex\" and pattern go together"),
+    ({"path": "t", "grader": "regex"}, 'grader = "regex" and pattern go together'),
     ({"path": "t", "grader": "regex", "pattern": "(a+)+"}, "repetition of repetitions"),
     ({"path": "t", "pattern": "x"}, "go together"),
     ({"path": "t", "length": "chars"}, r"expected none, characters.*did you mean 'characters'"),
