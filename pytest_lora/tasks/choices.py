@@ -80,8 +80,8 @@ class ChoiceScorer:
     def likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """Log p(continuation | context) of each pair of token ids, in order.
 
-        Contexts have at least one token.  Log-probabilities are in float32 at least, sums in float64.
-        Requests with one context are best given side by side.
+        Contexts have at least one token.  Log-probabilities are in float32 at least,
+        sums in float64.  Requests with one context are best given side by side.
 
         Raises:
             CannotRun: the model fails, or a token id is beyond its vocabulary.

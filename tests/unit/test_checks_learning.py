@@ -1,4 +1,4 @@
-"""task_accuracy: the adapter passes where the base fails, and what is evaluated wrongly is noticed."""
+"""task_accuracy: the adapter passes where the base fails; wrong evaluations are noticed."""
 
 from __future__ import annotations
 

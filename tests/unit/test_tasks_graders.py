@@ -132,7 +132,7 @@ def test_the_first_label_counts() -> None:
 def test_callables_grade_too_and_what_they_do_wrong_is_said() -> None:
     assert score_of(lambda answer, item: 0.25, "x", item()) == 0.25
     assert score_of(lambda answer, item: answer == item.prompt, "a question", item()) == 1
-    with pytest.raises(UsageError, match="gave item 7 1.5, expected 0 to 1"):
+    with pytest.raises(UsageError, match=r"gave item 7 1\.5, expected 0 to 1"):
         score_of(lambda answer, item: 1.5, "x", item())
     with pytest.raises(UsageError, match="gave item 7 nan"):
         score_of(lambda answer, item: math.nan, "x", item())
