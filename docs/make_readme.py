@@ -1,4 +1,4 @@
-"""Fills in what README.md shows of real runs: the two terminal pictures and the list of checks.
+"""Fills in what README.md shows of real runs: the terminal pictures and the list of checks.
 
 python docs/make_readme.py
 """
@@ -66,6 +66,16 @@ def broken() -> str:
     return f"{head}\n{rest[rest.index('=', rest.index('LoRA adapters') - 60) :]}"
 
 
+def gate() -> str:
+    """The summary alone, for a sound adapter and the one that forgets, held to the profile."""
+    words = ["--lora-profile=fixtures/lora.toml", "--lora-checks=perplexity_drift,task_accuracy"]
+    words += [f"--lora-adapter=fixtures/adapters/{name}" for name in ("dora", "overtrained")]
+    shown = " \\\n    ".join(["python -m pytest -m lora", *words])
+    text = terminal("--tb=no", "--lora-no-cache", *words, shown=shown)
+    head, _, rest = text.partition("overtrained\n")
+    return f"{head}overtrained\n{rest[rest.index('=', rest.index('LoRA adapters') - 60) :]}"
+
+
 def checks() -> str:
     rows = ["| check | asks | needs |", "| --- | --- | --- |"]
     rows += [
@@ -85,6 +95,7 @@ def main() -> None:
     text = path.read_text(encoding="utf-8")
     text = fill(text, "picture", f"\n```text\n{sound()}\n```\n")
     text = fill(text, "broken", f"\n```text\n{broken()}\n```\n")
+    text = fill(text, "gate", f"\n```text\n{gate()}\n```\n")
     text = fill(text, "checks", f"\n{checks()}\n")
     path.write_text(text, encoding="utf-8")
 

@@ -1,17 +1,16 @@
-"""Fills in the table of docs/settings.md from the settings themselves.
+"""Fills in the tables of docs/settings.md from the settings and the profile's keys themselves.
 
 python docs/make_settings_table.py
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from pytest_lora.profile import KINDS
 from pytest_lora.settings import Setting, ini_name, option_name, table
 
 PAGE = Path(__file__).with_name("settings.md")
-_PLACE = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def rows() -> str:
@@ -27,9 +26,19 @@ def _row(name: str, setting: Setting) -> str:
     return f"| `{option}` | `{ini_name(name)}`{kind} | {adapter} | {setting.help} |"
 
 
+def keys(kind: str) -> str:
+    """The keys of one kind of table, one per row."""
+    head = ["| key | what it says |", "| --- | --- |"]
+    return "\n".join([*head, *(f"| `{name}` | {key.help} |" for name, key in KINDS[kind].items())])
+
+
 def filled(text: str) -> str:
-    """``text`` with the table in its place."""
-    return _PLACE.sub(lambda match: f"{match[1]}\n{rows()}\n\n{match[2]}", text)
+    """``text`` with the tables in their places."""
+    for name, made in {"table": rows(), **{kind: keys(kind) for kind in KINDS}}.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{made}\n\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import (
         assert_config_matches_weights as assert_config_matches_weights,
     )
+    from pytest_lora.assertions import assert_delta_spectrum as assert_delta_spectrum
     from pytest_lora.assertions import assert_disable_equals_base as assert_disable_equals_base
     from pytest_lora.assertions import assert_finite_weights as assert_finite_weights
     from pytest_lora.assertions import assert_frozen_weights as assert_frozen_weights
@@ -50,21 +51,41 @@ if TYPE_CHECKING:
     from pytest_lora.checks.generation import (
         measure_generation_health as measure_generation_health,
     )
+    from pytest_lora.checks.gradients import (
+        measure_accumulation_equivalent as measure_accumulation_equivalent,
+    )
+    from pytest_lora.checks.gradients import (
+        measure_checkpointing_equivalent as measure_checkpointing_equivalent,
+    )
     from pytest_lora.checks.learning import measure_task_accuracy as measure_task_accuracy
     from pytest_lora.checks.learning import measure_task_change as measure_task_change
     from pytest_lora.checks.merge import measure_merge_equivalence as measure_merge_equivalence
     from pytest_lora.checks.padding import measure_padding_invariance as measure_padding_invariance
+    from pytest_lora.checks.reference import measure_reference_policy as measure_reference_policy
     from pytest_lora.checks.reload import measure_merged_reload as measure_merged_reload
     from pytest_lora.checks.reload import measure_save_reload as measure_save_reload
+    from pytest_lora.checks.repeatable import measure_resume_equivalent as measure_resume_equivalent
+    from pytest_lora.checks.repeatable import (
+        measure_seeded_initialisation as measure_seeded_initialisation,
+    )
     from pytest_lora.checks.serving import measure_serving_profile as measure_serving_profile
+    from pytest_lora.checks.spectrum import measure_delta_spectrum as measure_delta_spectrum
     from pytest_lora.checks.switching import measure_adapter_isolation as measure_adapter_isolation
     from pytest_lora.checks.switching import (
         measure_disable_equals_base as measure_disable_equals_base,
     )
     from pytest_lora.checks.trainable import measure_requires_grad as measure_requires_grad
+    from pytest_lora.checks.training import measure_gradient_coverage as measure_gradient_coverage
+    from pytest_lora.checks.training import measure_optimizer_holds as measure_optimizer_holds
+    from pytest_lora.checks.training import measure_overfits_one_batch as measure_overfits_one_batch
+    from pytest_lora.checks.training import (
+        measure_trains_only_adapter as measure_trains_only_adapter,
+    )
     from pytest_lora.checks.unmerge import (
         measure_unmerge_restoration as measure_unmerge_restoration,
     )
+    from pytest_lora.data import SourceDomain as SourceDomain
+    from pytest_lora.data import TargetTask as TargetTask
     from pytest_lora.errors import CannotRun as CannotRun
     from pytest_lora.errors import CheckFailed as CheckFailed
     from pytest_lora.errors import LoraError as LoraError
@@ -82,6 +103,19 @@ if TYPE_CHECKING:
     from pytest_lora.tasks.formats import read_task as read_task
     from pytest_lora.tasks.records import Task as Task
     from pytest_lora.tasks.records import TaskItem as TaskItem
+    from pytest_lora.training import (
+        assert_accumulation_equivalent as assert_accumulation_equivalent,
+    )
+    from pytest_lora.training import (
+        assert_checkpointing_equivalent as assert_checkpointing_equivalent,
+    )
+    from pytest_lora.training import assert_gradient_coverage as assert_gradient_coverage
+    from pytest_lora.training import assert_optimizer_holds as assert_optimizer_holds
+    from pytest_lora.training import assert_overfits_one_batch as assert_overfits_one_batch
+    from pytest_lora.training import assert_reference_policy as assert_reference_policy
+    from pytest_lora.training import assert_resume_equivalent as assert_resume_equivalent
+    from pytest_lora.training import assert_seeded_initialisation as assert_seeded_initialisation
+    from pytest_lora.training import assert_trains_only_adapter as assert_trains_only_adapter
 
 # Where each public name lives; __getattr__ looks it up on first use.
 _HOMES = {
@@ -97,15 +131,18 @@ _HOMES = {
     "Outcome": "records",
     "Problem": "records",
     "Settings": "settings",
+    "SourceDomain": "data",
     "Subject": "subject",
     "Task": "tasks.records",
     "TaskItem": "tasks.records",
+    "TargetTask": "data",
     "UsageError": "errors",
     "assert_adapter_effect": "assertions",
     "assert_adapter_files": "assertions",
     "assert_adapter_isolation": "assertions",
     "assert_base_compatibility": "assertions",
     "assert_config_matches_weights": "assertions",
+    "assert_delta_spectrum": "assertions",
     "assert_disable_equals_base": "assertions",
     "assert_finite_weights": "assertions",
     "assert_frozen_weights": "assertions",
@@ -143,6 +180,25 @@ _HOMES = {
     "read_adapter": "adapter",
     "read_task": "tasks.formats",
     "task_from_config": "tasks.configure",
+    "assert_accumulation_equivalent": "training",
+    "assert_checkpointing_equivalent": "training",
+    "assert_gradient_coverage": "training",
+    "assert_optimizer_holds": "training",
+    "assert_overfits_one_batch": "training",
+    "assert_reference_policy": "training",
+    "assert_resume_equivalent": "training",
+    "assert_seeded_initialisation": "training",
+    "assert_trains_only_adapter": "training",
+    "measure_accumulation_equivalent": "checks.gradients",
+    "measure_checkpointing_equivalent": "checks.gradients",
+    "measure_gradient_coverage": "checks.training",
+    "measure_optimizer_holds": "checks.training",
+    "measure_overfits_one_batch": "checks.training",
+    "measure_reference_policy": "checks.reference",
+    "measure_resume_equivalent": "checks.repeatable",
+    "measure_seeded_initialisation": "checks.repeatable",
+    "measure_trains_only_adapter": "checks.training",
+    "measure_delta_spectrum": "checks.spectrum",
 }
 
 __all__ = sorted(_HOMES)

@@ -15,6 +15,7 @@ checks that have a bound to move.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = [
     "assert_adapter_isolation",
     "assert_base_compatibility",
     "assert_config_matches_weights",
+    "assert_delta_spectrum",
     "assert_disable_equals_base",
     "assert_finite_weights",
     "assert_frozen_weights",
@@ -81,6 +83,8 @@ _ADVICE = {
     "shows there; else train longer, or on data that is closer to the task",
     "generation_diversity": "train fewer steps or at a lower learning rate: sampled answers have "
     "collapsed into one",
+    "delta_spectrum": "train for fewer steps or with a lower learning rate, or scale the adapter "
+    "down; large updates forget more",
     "base_compatibility": "give the base model the adapter was trained on: --lora-base-model=PATH",
 }
 
@@ -183,6 +187,39 @@ def assert_adapter_effect(
     from pytest_lora.checks.effect import measure_adapter_effect
 
     return _on_subject("adapter_effect", subject, inputs, measure_adapter_effect, bound)
+
+
+def assert_delta_spectrum(
+    adapter: Subject | torch.nn.Module | Adapter | Path | str,
+    *,
+    least_effective_rank: float | None = None,
+    find_intruders: bool = False,
+    bound: Bound | float | None = None,
+) -> Measurement:
+    """Every update is a number, no larger beside its weight and of no lower rank than you allow.
+
+    Without limits this is a report: only what is not finite fails.
+
+    Args:
+        adapter: a subject or PeftModel; or an adapter's files, which then give absolute norms.
+        least_effective_rank: the least effective rank any module may have.
+        find_intruders: count intruder dimensions, which takes dense decompositions.
+        bound: the largest Frobenius norm of an update over that of its weight.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.spectrum import measure_delta_spectrum
+
+    def measure(known: Subject | Adapter) -> Measurement:
+        return measure_delta_spectrum(
+            known, least_effective_rank=least_effective_rank, find_intruders=find_intruders
+        )
+
+    if isinstance(adapter, Adapter | Path | str):
+        if bound is not None:
+            raise UsageError("the bound is relative to the base's weights: give a subject")
+        files = _adapter(adapter)
+        return _decide("delta_spectrum", files.name, lambda: measure(files))
+    return _on_subject("delta_spectrum", adapter, None, measure, bound)
 
 
 def assert_disable_equals_base(
@@ -330,7 +367,8 @@ def assert_perplexity_drift(
     Args:
         subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
         texts: a file, strings, or several of either by domain; each domain is held to the bound.
-        max_drift: the most by which the mean negative log-likelihood may rise, nats per token.
+        max_drift: the most by which the mean negative log-likelihood may rise, nats per token;
+            infinite for a report that only a drift that is no number fails.
         tokenizer: the base model's; None takes the one in its folder.
         options: as for :func:`~pytest_lora.checks.forgetting.measure_perplexity_drift`.
     """
@@ -340,15 +378,22 @@ def assert_perplexity_drift(
     limits = max_drift if isinstance(max_drift, Bound) else Bound.at_most(max_drift, "argument")
     if limits.high is None or limits.low is not None:
         raise UsageError("max_drift is an upper limit: a number of nats per token")
+    limit = limits.high if math.isfinite(limits.high) else None  # an infinite one: report only
     with _on(subject) as known:
         return _judge(
             "perplexity_drift",
             known.adapter.name,
             lambda: measure_perplexity_drift(
-                known, texts, tokenizer=tokenizer, max_drift=limits.high, **options
+                known, texts, tokenizer=tokenizer, max_drift=limit, **options
             ),
             limits,
+            part=_only_name(texts),
         )
+
+
+def _only_name(texts: Any) -> str:
+    """The name of a single domain that was given by name."""
+    return next(iter(texts)) if isinstance(texts, Mapping) and len(texts) == 1 else ""
 
 
 def assert_task_accuracy(
@@ -367,7 +412,8 @@ def assert_task_accuracy(
     Args:
         subject: a Subject, or a PeftModel of a causal language model together with ``tokenizer``.
         task: a :class:`~pytest_lora.tasks.records.Task`, or a file of items.
-        min_accuracy: the least mean score, 0 to 1; None takes the task's own.
+        min_accuracy: the least mean score, 0 to 1; None takes the task's own.  A bound at minus
+            infinity reports the accuracy without judging it.
         min_change: the least accuracy minus that of the base on the same items: -0.02 allows a
             loss of two points, 0.1 asks for a gain of ten.
         tokenizer: None takes the adapter folder's own, else the base model's.
@@ -387,7 +433,7 @@ def assert_task_accuracy(
         )
     if min_change is None:
         limits = _floor("min_accuracy", task.min_accuracy if min_accuracy is None else min_accuracy)
-        options["min_accuracy"] = limits.low
+        options["min_accuracy"] = limits.low if math.isfinite(limits.low or 0.0) else None
         measure: Any = learning.measure_task_accuracy
     else:
         limits = _floor("min_change", min_change)
@@ -399,6 +445,7 @@ def assert_task_accuracy(
             known.adapter.name,
             lambda: measure(known, task, tokenizer=tokenizer, **options),
             limits,
+            part=task.name,
         )
 
 
@@ -426,6 +473,7 @@ def assert_generation_health(
             known.adapter.name,
             lambda: measure_generation_health(known, prompts, tokenizer=tokenizer, **options),
             Bound.at_most(0, _BY_DEFINITION),
+            part=getattr(prompts, "name", ""),
         )
 
 
@@ -456,6 +504,7 @@ def assert_generation_diversity(
             known.adapter.name,
             lambda: measure_generation_diversity(known, prompts, tokenizer=tokenizer, **options),
             limits,
+            part=getattr(prompts, "name", ""),
         )
 
 
@@ -511,7 +560,7 @@ def _decide(
 
 
 def _judge(
-    check: str, adapter: str, measure: Callable[[], Measurement], limits: Bound
+    check: str, adapter: str, measure: Callable[[], Measurement], limits: Bound, *, part: str = ""
 ) -> Measurement:
     """Measure, judge, emit the result, and raise unless it passed."""
     __tracebackhide__ = True
@@ -519,11 +568,11 @@ def _judge(
     try:
         measurement = measure()
     except NotApplicable as reason:
-        emit(_undecided(check, adapter, Outcome.SKIPPED, str(reason), started))
+        emit(_undecided(check, adapter, Outcome.SKIPPED, str(reason), started, part))
         raise
     except CannotRun as reason:
         outcome = Outcome.SKIPPED if reason.missing else Outcome.ERROR
-        emit(_undecided(check, adapter, outcome, str(reason), started))
+        emit(_undecided(check, adapter, outcome, str(reason), started, part))
         raise
     outcome = limits.judge(measurement)
     result = CheckResult(
@@ -534,6 +583,7 @@ def _judge(
         measurement=measurement,
         bound=limits,
         seconds=time.perf_counter() - started,
+        part=part,
     )
     emit(result)
     if outcome is not Outcome.PASSED:
@@ -549,14 +599,17 @@ def _bound(check: str, bound: Bound | float | None) -> Bound:
         return bound
     if not spec.limit:
         return Bound.at_most(0, _BY_DEFINITION)
-    limit, origin = (spec.default or _NOTHING, "default") if bound is None else (bound, "argument")
+    if bound is not None:
+        limit, origin = bound, "argument"
+    else:
+        limit, origin = spec.default, "default"
     if spec.limit == "at least":
-        return Bound.at_least(limit, origin)
-    return Bound.at_most(limit if bound is not None else spec.default, origin)
+        return Bound.at_least(limit or _NOTHING if bound is None else limit, origin)
+    return Bound.at_most(limit, origin)
 
 
 def _undecided(
-    check: str, adapter: str, outcome: Outcome, reason: str, started: float
+    check: str, adapter: str, outcome: Outcome, reason: str, started: float, part: str
 ) -> CheckResult:
     return CheckResult(
         check=check,
@@ -564,6 +617,7 @@ def _undecided(
         outcome=outcome,
         reason=reason,
         seconds=time.perf_counter() - started,
+        part=part,
     )
 
 

@@ -7,6 +7,7 @@ without importing them, and lets the documentation be checked against the code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -26,6 +27,8 @@ class Need(IntEnum):
     """Forward passes through the base model."""
     PROCESS = 5
     """A fresh process that loads the model from disk."""
+    DATA = 6
+    """Texts or tasks that a profile names, and passes over them."""
 
     @property
     def label(self) -> str:
@@ -44,8 +47,11 @@ class CheckSpec:
         cost: rough cost on a 1B model on CPU, for people planning a run.
         after: checks whose failure makes this one meaningless; it then skips and names the first.
         limit: ``"at most"`` or ``"at least"`` where the user may move the bound, else ``""``.
-        default: the default limit of a movable bound.
+        default: the default limit of a movable bound; infinite where any finite value is allowed,
+            and what is measured is reported.
         unit: unit of the movable bound.
+        per: kind of entry of the profile, ``"sources"`` or ``"tasks"``, that the check is made for;
+            without any there is nothing to check.  Empty for checks made once per adapter.
     """
 
     id: str
@@ -56,6 +62,7 @@ class CheckSpec:
     limit: str = ""
     default: float = 0.0
     unit: str = ""
+    per: str = ""
 
 
 _SOUND = ("adapter_files", "config_matches_weights", "finite_weights")
@@ -107,6 +114,16 @@ CHECKS: tuple[CheckSpec, ...] = (
         limit="at least",
         default=0.0,
         unit="output change relative to the base model's output",
+    ),
+    CheckSpec(
+        "delta_spectrum",
+        "How large are the updates beside their weights, and of what rank?",
+        Need.WEIGHTS,
+        "seconds",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit="of the weight's norm",
     ),
     CheckSpec(
         "disable_equals_base",
@@ -182,6 +199,44 @@ CHECKS: tuple[CheckSpec, ...] = (
         limit="at most",
         default=2.0,
         unit="times the unmerged model's own rounding error",
+    ),
+    CheckSpec(
+        "perplexity_drift",
+        "Does it predict texts of a source domain as well as the base model does?",
+        Need.DATA,
+        "minutes, seconds with a warm cache",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit="nats per token",
+        per="sources",
+    ),
+    CheckSpec(
+        "task_accuracy",
+        "Does it solve enough of a target task?",
+        Need.DATA,
+        "minutes",
+        after=_LOADS,
+        per="tasks",
+    ),
+    CheckSpec(
+        "generation_health",
+        "Do its answers to a task end, without loops, silence or leaked templates?",
+        Need.DATA,
+        "minutes",
+        after=_LOADS,
+        per="tasks",
+    ),
+    CheckSpec(
+        "generation_diversity",
+        "Do sampled answers to a task still differ as the base model's do?",
+        Need.DATA,
+        "minutes",
+        after=_LOADS,
+        limit="at least",
+        default=0.0,
+        unit="of the base model's diversity",
+        per="tasks",
     ),
 )
 

@@ -18,12 +18,13 @@ import pytest
 from pytest_lora import suite
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, find_check
 from pytest_lora.errors import UsageError
+from pytest_lora.fixtures import PARTS
 from pytest_lora.records import CheckResult, Outcome
 from pytest_lora.run import Run
 
-__all__ = ["SuiteModule", "SuitePlan", "collect_suite", "spec_of"]
+__all__ = ["SuiteModule", "SuitePlan", "collect_suite", "is_left_out", "part_of", "spec_of"]
 
-_MODULES = ("files", "base", "weights", "switching", "merge", "reload")
+_MODULES = ("files", "base", "weights", "switching", "merge", "reload", "forgetting", "learning")
 _NODE_ID = re.compile(r"lora/test_\w+::test_(?P<check>\w+)\[(?P<adapter>.*)\](?:@.*)?", re.DOTALL)
 
 
@@ -44,25 +45,33 @@ class SuiteModule(pytest.Module):
 
 @dataclass(frozen=True, slots=True)
 class SuitePlan:
-    """The checks a run is going to make, as (adapter, check) pairs."""
+    """The checks a run is going to make, as (adapter, check, part)."""
 
-    pairs: tuple[tuple[str, str], ...]
+    planned: tuple[tuple[str, str, str], ...]
 
     @classmethod
     def of(cls, node_ids: Iterable[str]) -> SuitePlan:
         """The plan that node ids tell; those of other tests are passed over."""
         matches = (_NODE_ID.fullmatch(node_id) for node_id in node_ids)
-        return cls(tuple((match["adapter"], match["check"]) for match in matches if match))
+        return cls(tuple(_planned(**match.groupdict()) for match in matches if match))
 
     def not_run(self, results: Sequence[CheckResult]) -> list[CheckResult]:
         """A result for every planned check that has none, saying so."""
-        done = {(result.adapter, result.check) for result in results}
+        done = {(result.adapter, result.check, result.part) for result in results}
         reason = "not run: the run ended before it came to this check"
         return [
-            CheckResult(check=check, adapter=adapter, outcome=Outcome.SKIPPED, reason=reason)
-            for adapter, check in self.pairs
-            if (adapter, check) not in done
+            CheckResult(check, adapter, Outcome.SKIPPED, reason, part=part)
+            for adapter, check, part in self.planned
+            if (adapter, check, part) not in done
         ]
+
+
+def _planned(check: str, adapter: str) -> tuple[str, str, str]:
+    if not find_check(check).per:
+        return adapter, check, ""
+    # Names of sources and tasks hold no colon.
+    adapter, _, part = adapter.rpartition(":")
+    return adapter, check, part
 
 
 def collect_suite(
@@ -82,7 +91,16 @@ def collect_suite(
     for item in ordered:
         item.add_marker("lora")
     chosen = [item for item in ordered if run.settings.selected(_spec(item))]
+    for item in chosen:
+        run.require_data(_spec(item), _adapter_of(item))
     return chosen, [item for item in ordered if item not in chosen]
+
+
+def is_left_out(definition: pytest.Function, run: Run) -> bool:
+    """Whether a test function of the suite is one that ``--lora-checks`` leaves out."""
+    if definition.getparent(SuiteModule) is None:
+        return False
+    return not run.settings.selected(find_check(definition.name.removeprefix("test_")))
 
 
 def spec_of(item: pytest.Item) -> CheckSpec | None:
@@ -99,7 +117,15 @@ def _spec(item: pytest.Function) -> CheckSpec:
 def _module_items(session: pytest.Session, name: str) -> list[pytest.Function]:
     path = Path(suite.__path__[0]) / f"test_{name}.py"
     module = SuiteModule.from_parent(session, path=path, nodeid=f"lora/{path.stem}")
-    return [item for item in session.genitems(module) if isinstance(item, pytest.Function)]
+    items = [item for item in session.genitems(module) if isinstance(item, pytest.Function)]
+    # Where the profile declares nothing that a check is made for, it was not parametrised.
+    return [item for item in items if hasattr(item, "callspec")]
+
+
+def part_of(item: pytest.Function) -> str:
+    """The source domain or task that a test of the suite is about; empty for most."""
+    parts = (item.callspec.params.get(name) for name in PARTS)
+    return next((str(part) for part in parts if part is not None), "")
 
 
 def _adapter_of(item: pytest.Function) -> str:

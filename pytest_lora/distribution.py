@@ -39,7 +39,6 @@ class GroupByBase(LoadGroupScheduling):  # type: ignore[misc]  # xdist ships no 
 
 def base_of(run: Run, nodeid: str) -> str | None:
     """The base model that a test of the suite needs; None for tests that need none of ours."""
-    pairs = SuitePlan.of([nodeid]).pairs
-    if not pairs or find_check(pairs[0][1]).need <= Need.FILES:
-        return None
-    return run.base_name(pairs[0][0])
+    for adapter, check, _ in SuitePlan.of([nodeid]).planned:
+        return run.base_name(adapter) if find_check(check).need > Need.FILES else None
+    return None

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_lora.adapter import Adapter
+    from pytest_lora.data import SourceDomain, TargetTask
     from pytest_lora.run import Run
     from pytest_lora.subject import Subject
 
 RUN = pytest.StashKey["Run"]()
+PARTS = {"lora_source": "sources", "lora_task": "tasks", "lora_written_task": "tasks"}
+"""Fixtures that are parametrised with entries of the profile, and of which kind."""
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +126,43 @@ def lora_subject(
     base = lora_run.wrap(lora_base_model)
     yield lora_run.subject(lora_adapter, base, lora_inputs)
     lora_run.prove_intact(base)
+
+
+@pytest.fixture
+def lora_source(
+    request: pytest.FixtureRequest, lora_run: Run, lora_adapter: Adapter, lora_settings: Settings
+) -> SourceDomain:
+    """A source domain of the profile (:class:`pytest_lora.SourceDomain`).
+
+    A test that asks for it runs once per source domain of each adapter.
+    """
+    name = getattr(request, "param", None)
+    if name is None:
+        pytest.skip("no source domain to test: declare [sources.NAME] in lora.toml")
+    return lora_run.source(lora_adapter.name, name, lora_settings)
+
+
+@pytest.fixture
+def lora_task(request: pytest.FixtureRequest, lora_run: Run, lora_adapter: Adapter) -> TargetTask:
+    """A target task of the profile (:class:`pytest_lora.TargetTask`).
+
+    A test that asks for it runs once per task of each adapter.
+    """
+    name = getattr(request, "param", None)
+    if name is None:
+        pytest.skip("no task to test: declare [tasks.NAME] in lora.toml")
+    return lora_run.task(lora_adapter.name, name)
+
+
+@pytest.fixture
+def lora_written_task(
+    request: pytest.FixtureRequest, lora_run: Run, lora_adapter: Adapter
+) -> TargetTask:
+    """As ``lora_task``, for the tasks in which the model writes its answers."""
+    name = getattr(request, "param", None)
+    if name is None:
+        pytest.skip("no task with written answers: declare [tasks.NAME] in lora.toml")
+    return lora_run.task(lora_adapter.name, name)
 
 
 @pytest.fixture

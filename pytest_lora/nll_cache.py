@@ -31,7 +31,7 @@ from pytest_lora.errors import UsageError
 if TYPE_CHECKING:
     from pytest_lora.records import Json
 
-__all__ = ["DEFAULT_LIMIT", "Ledger", "NllCache", "default_folder"]
+__all__ = ["DEFAULT_LIMIT", "Ledger", "NllCache", "Scores", "default_folder"]
 
 DEFAULT_LIMIT = 256 << 20
 """Bytes the folder may hold: some millions of documents."""
@@ -121,6 +121,29 @@ class NllCache:
             with contextlib.suppress(OSError):
                 path.unlink()
             total -= size
+
+
+class Scores:
+    """Scores by key in one ledger of a cache, for :class:`~pytest_lora.tasks.scoring.Store`.
+
+    Keys are digests of all that a score depends on; so the ledger's own key need not be.
+    """
+
+    def __init__(self, cache: NllCache, name: str) -> None:
+        self._ledger = cache.ledger({"scores": name})
+
+    def get(self, key: str) -> float | None:
+        """The score put under ``key``, or None."""
+        rows = self._ledger.get(_number_of(key), 1)
+        return rows[0][0] if rows else None
+
+    def put(self, key: str, score: float) -> None:
+        """Keep a score; on disk when this returns."""
+        self._ledger.put(_number_of(key), [[score]])
+
+
+def _number_of(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "big")
 
 
 class Ledger:

@@ -20,7 +20,7 @@ import pytest
 from pytest_lora import fixtures
 from pytest_lora._argv import join_values
 from pytest_lora.errors import CannotRun, CheckFailed, LoraError, NotApplicable, UsageError
-from pytest_lora.fixtures import RUN
+from pytest_lora.fixtures import PARTS, RUN
 from pytest_lora.settings import Layer, ini_name, option_name, table
 
 if TYPE_CHECKING:
@@ -277,8 +277,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         path for mark in metafunc.definition.iter_markers("lora_adapter") for path in mark.args
     ]
     names = marked or list(run.locate())
-    if names:
-        metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
+    part = next((name for name in PARTS if name in metafunc.fixturenames), None)
+    if part is None:
+        if names:
+            metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
+        return
+    with _as_usage_error():
+        pairs = [(name, entry) for name in names for entry in _parts(metafunc, part, name)]
+    if pairs:
+        ids = [f"{name}:{entry}" for name, entry in pairs]
+        metafunc.parametrize(("lora_adapter", part), pairs, ids=ids, indirect=True)
+
+
+def _parts(metafunc: pytest.Metafunc, part: str, adapter: str) -> Iterable[str]:
+    """The entries of the profile that a fixture of an adapter goes through."""
+    from pytest_lora.collection import is_left_out
+
+    run = metafunc.config.stash[RUN]
+    if part == "lora_written_task" and not is_left_out(metafunc.definition, run):
+        return run.written_tasks(adapter)  # reads the tasks
+    return [entry.name for entry in run.entries(PARTS[part], adapter)]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -343,9 +361,9 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     if not _is_ours(item):
         return (yield)
-    from pytest_lora.running import watch
+    from pytest_lora.running import showing_progress, watch
 
-    with watch(item, "call"):
+    with watch(item, "call"), showing_progress(item):
         return (yield)
 
 
@@ -412,7 +430,7 @@ class _Collected:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         run = self.config.stash[RUN]
-        if _PLAN in self.config.stash:
+        if _PLAN in self.config.stash and not self.config.getoption("collectonly"):
             self.results += self.config.stash[_PLAN].not_run(self.results)
         self.results.sort(key=run.planned_order)
         if run.settings.report is not None and (self.results or run.settings.adapter):

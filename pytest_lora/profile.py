@@ -26,11 +26,12 @@ from pytest_lora.errors import UsageError
 from pytest_lora.quantities import parse_drift, parse_floor
 from pytest_lora.settings import Layer, require_per_adapter, resolve, table
 
-__all__ = ["FILE_NAME", "KINDS", "Entry", "Key", "Profile"]
+__all__ = ["FILE_NAME", "KINDS", "TASK_KEYS", "Entry", "Key", "Profile"]
 
 FILE_NAME = "lora.toml"
 """Looked for in the project's root directory when no other profile is named."""
 
+_PATHS = {"path", "shots_path"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TABLES = 'a profile has [defaults], [sources.NAME], [tasks.NAME] and [adapters."PATTERN"]'
 
@@ -59,6 +60,12 @@ class Key:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a non-empty text")
+    return value
+
+
+def _plain_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
     return value
 
 
@@ -124,17 +131,60 @@ SOURCE_KEYS: Mapping[str, Key] = {
         _STRING,
         required=True,
     ),
-    "field": _key("the field of .jsonl, .parquet and datasets that holds the text", _text, _STRING),
     "max_drift": _key(
         'the most the loss may grow: "0.05 nats" per token, or "5%" of the perplexity; without it '
         "the drift is reported",
         parse_drift,
         _QUANTITY,
     ),
+    "max_document_drift": _key(
+        "what the drift of a single document is declared never to exceed, in nats per token; "
+        "without it a limit is screened from the first documents",
+        _number,
+        _NUMBER,
+    ),
+    "field": _key(
+        'the field of .jsonl, .parquet and datasets that holds the text (default: "text")',
+        _text,
+        _STRING,
+    ),
+    "documents": _key(
+        "what a document is in a .txt file: paragraphs between blank lines (the default), lines, "
+        "or the file",
+        _choice("paragraphs", "lines", "file"),
+        _one_of("paragraphs", "lines", "file"),
+    ),
+    "split": _key("the split of a saved dataset that has several", _text, _STRING),
+    "prefix": _key(
+        "what stands before a document's first token: auto (BOS, else EOS, else nothing; the "
+        "default), bos, eos or none",
+        _choice("auto", "bos", "eos", "none"),
+        _one_of("auto", "bos", "eos", "none"),
+    ),
+    "special_tokens": _key(
+        "let the tokenizer add its own special tokens (default: false)", _flag, _BOOLEAN
+    ),
+    "window": _key(
+        "tokens the model sees at a time (default: what it has positions for, at most 2048)",
+        _whole(1),
+        _count(1),
+    ),
+    "stride": _key(
+        "tokens that each window after the first scores (default: the whole window)",
+        _whole(1),
+        _count(1),
+    ),
 }
+SCORINGS = ("generate", "choices")
+LENGTHS = ("none", "characters", "bytes", "tokens")
+GRADERS = ("exact", "normalised", "gsm8k", "label", "regex")
+
 TASK_KEYS: Mapping[str, Key] = {
     "path": _key(
-        "the items: a .jsonl, .jsonl.gz or .json file in one of the known formats", _text, _STRING
+        "the items: a .jsonl or .json file, gzipped or not, in one of the known formats",
+        _text,
+        _STRING,
+        required=True,
     ),
     "min_accuracy": _key(
         'the least accuracy: 0.5, "50%", or relative to the base model as in "base - 2%"; without '
@@ -142,6 +192,52 @@ TASK_KEYS: Mapping[str, Key] = {
         parse_floor,
         _QUANTITY,
     ),
+    "about": _key(
+        "what the verdict is about: these items (the default), or the domain they are a sample of, "
+        "for which few items may be inconclusive",
+        _choice("items", "domain"),
+        _one_of("items", "domain"),
+    ),
+    "format": _key("the form of the file, where its fields alone do not tell", _text, _STRING),
+    "grader": _key(
+        "how a written answer is judged: " + ", ".join(GRADERS) + " (default: the format's)",
+        _choice(*GRADERS),
+        _one_of(*GRADERS),
+    ),
+    "pattern": _key("the regular expression of the grader regex", _text, _STRING),
+    "scoring": _key(
+        "generate an answer, or compare the likelihoods of choices (default: the format's)",
+        _choice(*SCORINGS),
+        _one_of(*SCORINGS),
+    ),
+    "length": _key(
+        "what the log-likelihood of a choice is divided by (default: none)",
+        _choice(*LENGTHS),
+        _one_of(*LENGTHS),
+    ),
+    "template": _key("the text put to the model, with {prompt} in it", _text, _STRING),
+    "separator": _key(
+        "what stands between a prompt and its answer, in examples and before choices",
+        _plain_text,
+        {"type": "string"},
+    ),
+    "shots": _key("worked examples before the question (default: 0)", _whole(0), _count(0)),
+    "shots_path": _key("the file they are drawn from (default: the other items)", _text, _STRING),
+    "chat": _key(
+        "put the question as a chat, through the tokenizer's template (default: false)",
+        _flag,
+        _BOOLEAN,
+    ),
+    "system": _key("the system message of the chat", _plain_text, {"type": "string"}),
+    "stop": _key(
+        "texts that end an answer",
+        _texts,
+        {"type": ["string", "array"], "items": {"type": "string"}},
+    ),
+    "max_new_tokens": _key(
+        "tokens an answer may have (default: the format's, or 256)", _whole(1), _count(1)
+    ),
+    "batch_size": _key("rows run together (default: 8)", _whole(1), _count(1)),
 }
 KINDS: Mapping[str, Mapping[str, Key]] = {"sources": SOURCE_KEYS, "tasks": TASK_KEYS}
 
@@ -234,8 +330,8 @@ class Profile:
         for key, spec in KINDS[kind].items():
             if spec.required and key not in values:
                 raise UsageError(f"{self.path}: [{kind}.{name}] has no {key!r}: {spec.help}")
-        if "path" in values:
-            values["path"] = self.path.parent / Path(values["path"]).expanduser()
+        for key in values.keys() & _PATHS:
+            values[key] = self.path.parent / Path(values[key]).expanduser()
         return Entry(kind, name, values, origins)
 
     def _matching(self, adapter: str) -> Iterator[_Section]:

@@ -234,6 +234,8 @@ class CheckResult:
         advice: what to do next; empty where nothing has to be done.
         measurement, bound: what was measured and what was allowed, where there was any.
         seconds: wall-clock time the measurement took.
+        part: which source domain or task of the profile it is about; empty for checks that are made
+            once per adapter.
     """
 
     check: str
@@ -244,6 +246,12 @@ class CheckResult:
     measurement: Measurement | None = None
     bound: Bound | None = None
     seconds: float = 0.0
+    part: str = ""
+
+    @property
+    def label(self) -> str:
+        """The check, and the part it is about, as tables name them."""
+        return f"{self.check}[{self.part}]" if self.part else self.check
 
     def with_adapter(self, name: str) -> CheckResult:
         """The same result under the name the run knows the adapter by."""
@@ -260,6 +268,7 @@ class CheckResult:
             "measurement": self.measurement.to_dict() if self.measurement else None,
             "bound": self.bound.to_dict() if self.bound else None,
             "seconds": self.seconds,
+            "part": self.part,
         }
 
     @classmethod
@@ -275,6 +284,7 @@ class CheckResult:
             measurement=Measurement.from_dict(measured) if measured else None,
             bound=Bound.from_dict(allowed) if allowed else None,
             seconds=data["seconds"],
+            part=data.get("part", ""),  # reports of before there were parts
         )
 
 

@@ -6,13 +6,14 @@ Heavy libraries are imported when the first base model is asked for.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata, util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, find_check
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_lora.adapter import Adapter
+    from pytest_lora.data import SourceDomain, TargetTask
     from pytest_lora.locate import AdapterLocation
-    from pytest_lora.profile import Profile
+    from pytest_lora.nll_cache import NllCache
+    from pytest_lora.profile import Entry, Profile
     from pytest_lora.subject import BaseModel, BasePool, Subject
+    from pytest_lora.tasks.progress import Progress
 
 __all__ = ["MODEL_LIBRARIES", "Run", "missing_libraries", "versions"]
 
@@ -60,6 +64,7 @@ class Run:
         start: directory that relative adapter paths and names are relative to.
         root: the project's root directory.
         outcomes: verdicts so far, by adapter name and check.
+        progress: is told how far a long evaluation has come.
     """
 
     layers: Sequence[Layer]
@@ -73,6 +78,9 @@ class Run:
     _subject: Subject | None = None
     _bases: list[BaseModel] = field(default_factory=list)
     _pool: BasePool | None = None
+    _sources: dict[str, SourceDomain] = field(default_factory=dict)
+    _tasks: dict[tuple[str, str], TargetTask] = field(default_factory=dict)
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         self.settings = resolve(self.layers)
@@ -151,6 +159,104 @@ class Run:
         """The bounds the user set, by check."""
         bounds = {check: bound_for(settings, check) for check in settings.bounds}
         return {check: bound for check, bound in bounds.items() if bound is not None}
+
+    # ------------------------------------------------------------------ data of the profile
+
+    def entries(self, kind: str, adapter: str) -> tuple[Entry, ...]:
+        """The source domains (``kind="sources"``) or tasks of an adapter."""
+        return self.profile.entries(kind, adapter) if self.profile else ()
+
+    def parts(self, spec: CheckSpec, adapter: str) -> tuple[str, ...]:
+        """The names of what a check is made for, one by one; one empty name for most checks."""
+        if not spec.per:
+            return ("",)
+        return tuple(entry.name for entry in self.entries(spec.per, adapter))
+
+    def entry(self, kind: str, adapter: str, name: str) -> Entry:
+        """The source domain or task of that name.
+
+        Raises:
+            UsageError: the profile declares none for this adapter.
+        """
+        known = {entry.name: entry for entry in self.entries(kind, adapter)}
+        if name not in known:
+            declared = ", ".join(known) or "none"
+            raise UsageError(f"no [{kind}.{name}] for {adapter}; declared for it: {declared}")
+        return known[name]
+
+    def require_data(self, spec: CheckSpec, adapter: str) -> None:
+        """Raise UsageError where data that a check is made for is not there."""
+        for entry in self.entries(spec.per, adapter) if spec.per else ():
+            path = entry.get("path")
+            if path is not None and not path.exists():
+                raise UsageError(f"{entry.origins['path']}: {path} is not there")
+
+    def source(self, adapter: str, name: str, settings: Settings) -> SourceDomain:
+        """A source domain of an adapter, open; the file is walked through once per run."""
+        from pytest_lora.data import open_source
+
+        entry = self.entry("sources", adapter, name)
+        key = json.dumps([adapter, name, sorted(settings.origins.items())])
+        if key not in self._sources:
+            bound = bound_for(settings, "perplexity_drift")
+            options = self.evaluation(adapter)
+            self._sources[key] = open_source(entry, otherwise=bound, evaluation=options)
+        return self._sources[key]
+
+    def task(self, adapter: str, name: str) -> TargetTask:
+        """A target task of an adapter; its file is read once per run."""
+        from pytest_lora.data import open_task
+
+        key = (adapter, name)
+        if key not in self._tasks:
+            self._tasks[key] = open_task(
+                self.entry("tasks", adapter, name),
+                evaluation=self.evaluation(adapter),
+                allow_code_execution=self.settings.allow_code_execution,
+            )
+        return self._tasks[key]
+
+    def written_tasks(self, adapter: str) -> tuple[str, ...]:
+        """The names of an adapter's tasks in which answers are written, not chosen."""
+        names = [entry.name for entry in self.entries("tasks", adapter)]
+        return tuple(name for name in names if self.task(adapter, name).task.is_written)
+
+    def evaluation(self, adapter: str) -> dict[str, Any]:
+        """How all data of an adapter is evaluated.
+
+        Each verdict gets an equal part of the error rate, whichever of them are selected, so that
+        it takes the same documents alone as together with others (C. E. Bonferroni's inequality).
+        """
+        sources, tasks = self.entries("sources", adapter), self.entries("tasks", adapter)
+        # A task is two: its accuracy, and the health of what is written.
+        gates = len(sources) + 2 * len(tasks)
+        return {
+            "alpha": self.settings.error_rate / max(1, gates),
+            "full": self.settings.full_eval,
+            "seed": self.settings.order_seed,
+            "cache": self.cache,
+            "progress": self.tell,
+        }
+
+    def tell(
+        self, done: int, total: int, estimate: float | None, seconds_left: float | None
+    ) -> None:
+        """Hand on how far a long evaluation has come to whoever shows it at the moment."""
+        if self.progress is not None:
+            self.progress(done, total, estimate, seconds_left)
+
+    @cached_property
+    def cache(self) -> NllCache:
+        """Where likelihoods are kept from one run to the next."""
+        from pytest_lora.nll_cache import NllCache, default_folder
+
+        if self.settings.no_cache:
+            return NllCache(None)
+        given = self.settings.cache_dir
+        folder = self.start / Path(given).expanduser() if given else default_folder()
+        return NllCache(folder, limit=self.settings.cache_size << 20)
+
+    # ------------------------------------------------------------------ base models
 
     def base_name(self, adapter: str) -> str:
         """What the base model of an adapter is called: what a run sorts and groups its tests by."""
@@ -296,9 +402,13 @@ class Run:
         shown = (("dtype", settings.dtype), ("device", settings.device))
         return [(key, value) for key, value in shown if value != "auto"]
 
-    def planned_order(self, result: CheckResult) -> tuple[int, int]:
-        """Sorting key: adapters as given, checks as in the catalog, others behind."""
+    def planned_order(self, result: CheckResult) -> tuple[int, int, int]:
+        """Sorting key: adapters as given, checks as in the catalog, parts as in the profile."""
         names = list(self._locations)
         ids = [spec.id for spec in CHECKS]
         adapter = names.index(result.adapter) if result.adapter in names else len(names)
-        return adapter, ids.index(result.check) if result.check in ids else len(ids)
+        if result.check not in ids:
+            return adapter, len(ids), 0
+        parts = self.parts(find_check(result.check), result.adapter) if result.part else ()
+        part = parts.index(result.part) if result.part in parts else len(parts)
+        return adapter, ids.index(result.check), part

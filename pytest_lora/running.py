@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_lora.collection import spec_of
+from pytest_lora.collection import part_of, spec_of
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
 from pytest_lora.fixtures import RUN
 from pytest_lora.records import CheckResult, Outcome, collecting
 
-__all__ = ["PROPERTY", "skip_if_blocked", "watch"]
+__all__ = ["PROPERTY", "showing_progress", "skip_if_blocked", "watch"]
 
 PROPERTY = "pytest_lora"
 
@@ -66,6 +66,21 @@ def watch(item: pytest.Item, phase: str) -> Iterator[None]:
             _hand_on(item, phase, results)
 
 
+@contextmanager
+def showing_progress(item: pytest.Item) -> Iterator[None]:
+    """Let long evaluations of this test show how far they have come, where somebody watches."""
+    from pytest_lora.progress import progress_line
+
+    run = item.config.stash[RUN]
+    line = run.progress = progress_line(item.config, item.name)
+    try:
+        yield
+    finally:
+        run.progress = None
+        if line is not None:
+            line.clear()
+
+
 def _translate(item: pytest.Item, error: Exception, results: list[CheckResult]) -> None:
     run = item.config.stash[RUN]
     if isinstance(error, _Blocked):
@@ -101,7 +116,8 @@ def _ensure_result(
     spec, adapter = spec_of(item), adapter_name(item)
     if spec is None or adapter is None or any(result.check == spec.id for result in results):
         return
-    results.append(CheckResult(check=spec.id, adapter=adapter, outcome=outcome, reason=reason))
+    assert isinstance(item, pytest.Function)  # as every test of the suite
+    results.append(CheckResult(spec.id, adapter, outcome, reason, part=part_of(item)))
 
 
 def _hand_on(item: pytest.Item, phase: str, results: list[CheckResult]) -> None:

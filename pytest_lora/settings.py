@@ -17,6 +17,7 @@ from typing import Any
 
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, expand_selection, find_check
 from pytest_lora.errors import UsageError
+from pytest_lora.quantities import parse_drift
 from pytest_lora.records import Bound
 
 __all__ = [
@@ -158,6 +159,23 @@ _SEED = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
 _SEEDS = {"anyOf": [_SEED, {"type": "array", "items": _SEED, "minItems": 1}]}
 
 
+def _probability(value: Any) -> float:
+    try:
+        number = _limit(value)
+    except ValueError:
+        number = 1.0
+    if not 0 < number < 0.5:
+        raise ValueError("a probability above 0 and below 0.5")
+    return number
+
+
+def _seed(value: Any) -> int:
+    [seed, *more] = _seeds(value)
+    if more:
+        raise ValueError("one whole number from 0 to 4294967295")
+    return seed
+
+
 def _setting(default: Any, parse: Callable[[Any], Any], summary: str, **how: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(summary, parse, **how)})
 
@@ -291,6 +309,49 @@ class Settings:
         metavar="SECONDS",
         ini="int",
     )
+    error_rate: float = _setting(
+        0.001,
+        _probability,
+        "probability, for all source domains and tasks of an adapter together, that an early "
+        "verdict on data is not that of all of it (default: 0.001)",
+        metavar="RATE",
+        ini="float",
+    )
+    full_eval: bool = _setting(
+        False, _flag, "evaluate all data, also where a verdict is early", flag=True, ini="bool"
+    )
+    order_seed: int = _setting(
+        0,
+        _seed,
+        "seed of the order in which data is evaluated (default: 0)",
+        metavar="SEED",
+        ini="int",
+    )
+    cache_dir: str | None = _setting(
+        None,
+        _text,
+        "folder to keep the base model's likelihoods and finished items in (default: "
+        "$PYTEST_LORA_CACHE, or pytest-lora in the user's cache folder)",
+        metavar="DIR",
+        path=True,
+    )
+    cache_size: int = _setting(
+        256,
+        _count,
+        "MiB the cache may hold; what was unused for longest goes first (default: 256)",
+        metavar="MIB",
+        ini="int",
+    )
+    no_cache: bool = _setting(
+        False, _flag, "keep and use nothing from one run to the next", flag=True, ini="bool"
+    )
+    allow_code_execution: bool = _setting(
+        False,
+        _flag,
+        "run the programs a model writes for HumanEval, each in a sandbox of its own",
+        flag=True,
+        ini="bool",
+    )
     bounds: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -320,13 +381,16 @@ def _of(item: Field[Any]) -> Setting:
 
 def _bound_setting(spec: CheckSpec) -> Setting:
     default = f"{spec.default:g}" if spec.default else "more than nothing"
+    if math.isinf(spec.default):
+        default = "reported, not judged"
+    drift = spec.unit == "nats per token"
     return Setting(
         help=f"bound of {spec.id}: {spec.limit} this much ({spec.unit}; default: {default})",
-        parse=_limit,
+        parse=parse_drift if drift else _limit,
         metavar="LIMIT",
         per_adapter=True,
-        schema=_LIMIT,
-        ini="float",
+        schema={"type": ["number", "string"]} if drift else _LIMIT,
+        ini="string" if drift else "float",
     )
 
 
@@ -362,6 +426,8 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     import difflib  # only for a message
 
     if name in {spec.id for spec in CHECKS}:
+        if find_check(name).per:
+            return f"the bound of {name!r} is set where its data is declared, in a profile"
         return f"the check {name!r} has no bound to move: it counts faults, and allows none"
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean {close[0]!r}?" if close else "docs/settings.md lists them"

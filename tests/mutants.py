@@ -460,6 +460,19 @@ def overflowing_factor(folder: Path) -> None:
     edit_tensors(folder, enlarge)
 
 
+# -------------------------------------------------------------------------------- delta_spectrum
+
+
+@mutant("delta_spectrum", "one lora_B is ten times as large as trained", delta_spectrum=2.0)
+def exploded_norm(folder: Path) -> None:
+    def enlarge(tensors: Tensors) -> Tensors:
+        name = first(tensors, "lora_B")
+        tensors[name] = tensors[name] * 10
+        return tensors
+
+    edit_tensors(folder, enlarge)
+
+
 # -------------------------------------------------------------------------------- serving_profile
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.nll_cache import NllCache
 from pytest_lora.records import Json, Measurement
+from pytest_lora.stats.distributions import t_quantile
 from pytest_lora.stats.sequential import SequentialMean, Verdict
 from pytest_lora.tasks.definition import define
 from pytest_lora.tasks.evaluation import Evaluation
@@ -44,6 +45,8 @@ __all__ = ["ALPHA", "measure_perplexity_drift"]
 
 ALPHA = 0.001
 """Probability of a wrong verdict before all documents were seen, over all domains together."""
+CONFIDENCE = 0.95
+"""Of the interval for the domain the documents come from, which decides nothing."""
 DIVERGENCE = 32
 """Documents, the first of the seeded order, on which KL and agreement are taken."""
 WORST = 5
@@ -60,6 +63,7 @@ def measure_perplexity_drift(
     max_drift: float | None = None,
     max_document_drift: float | None = None,
     alpha: float = ALPHA,
+    max_unseen: float = 1.0,
     full: bool = False,
     divergence: int = DIVERGENCE,
     prefix: str | int | None = "auto",
@@ -88,8 +92,11 @@ def measure_perplexity_drift(
             exceed.  None: a limit is screened from the first documents, and the result states how
             many of the others could lie beyond it unseen.
         alpha: error rate of a verdict before the last document.
+        max_unseen: no early verdict on a screened limit while a larger share of the documents may
+            lie beyond it unseen.
         full: evaluate everything although there is a bound.
-        divergence: documents on which KL divergence and agreement are taken; 0 for none.
+        divergence: KL divergence and agreement are taken on that many of the documents seen; 0 for
+            none.  They need both models at once, and so the base again where it was cached.
         prefix: what stands before the first token, as in ``tasks.definition.define``.
         special_tokens: let the tokenizer add its own.
         window: tokens seen at a time.
@@ -105,7 +112,7 @@ def measure_perplexity_drift(
         UsageError: texts, tokenizer or arguments cannot be meant.
     """
     domains = _open(texts)
-    _check(max_drift, max_document_drift, alpha, divergence)
+    _check(max_drift, max_document_drift, alpha, max_unseen, divergence)
     tokenizer = subject.base.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise UsageError("texts need a tokenizer: pass tokenizer=..., the base model brings none")
@@ -120,20 +127,16 @@ def measure_perplexity_drift(
     )
     likelihoods = Likelihoods(subject, tokenizer, definition)
     cache = NllCache(None) if cache is None else cache
-    plan = _Plan(
-        limit=None if full else max_drift,
-        cap=max_document_drift,
-        alpha=alpha / len(domains),
-        divergence=divergence,
-    )
+    plan = _Plan(None if full else max_drift, max_document_drift, max_unseen, divergence)
     found = [
         _Domain(name, Evaluation(likelihoods, source, cache, seed), plan)
         for name, source in domains.items()
     ]
     pace = Pace(sum(domain.steps for domain in found), progress)
     for domain in found:
-        domain.evaluate(pace)
-    return _measurement(found, likelihoods, plan, [*likelihoods.notes, *cache.notes], alpha)
+        domain.evaluate(pace, alpha / len(found))
+    notes = [*likelihoods.notes, *cache.notes, *_open_questions(found, max_drift)]
+    return _measurement(found, likelihoods, notes, alpha)
 
 
 def _open(texts: Source | Mapping[str, Source]) -> dict[str, Texts]:
@@ -146,13 +149,19 @@ def _open(texts: Source | Mapping[str, Source]) -> dict[str, Texts]:
 
 
 def _check(
-    max_drift: float | None, max_document_drift: float | None, alpha: float, divergence: int
+    max_drift: float | None,
+    max_document_drift: float | None,
+    alpha: float,
+    max_unseen: float,
+    divergence: int,
 ) -> None:
     for name, value in (("max_drift", max_drift), ("max_document_drift", max_document_drift)):
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{name}={value} is no number of nats per token")
     if not 0 < alpha < 1:
         raise UsageError(f"alpha={alpha} is no error rate between 0 and 1")
+    if not 0 <= max_unseen <= 1:
+        raise UsageError(f"max_unseen={max_unseen} is no share of the documents")
     if divergence < 0:
         raise UsageError(f"divergence={divergence} is no number of documents")
 
@@ -164,13 +173,13 @@ class _Plan:
     Attributes:
         limit: the drift to decide about; None evaluates everything.
         cap: declared most of a document's drift per token.
-        alpha: error rate of a domain's verdict.
+        max_unseen: share of the documents that may lie unseen beyond a screened limit.
         divergence: documents on which to take KL and agreement.
     """
 
     limit: float | None
     cap: float | None
-    alpha: float
+    max_unseen: float
     divergence: int
 
 
@@ -218,7 +227,7 @@ class _Domain:
         self.sequential: SequentialMean | None = None
         self.broken: _Suspect | None = None
         self._scale = len(self.collection) / self.collection.tokens
-        self._spread = _Spread()
+        self.spread = _Spread()
 
     @property
     def steps(self) -> int:
@@ -245,12 +254,20 @@ class _Domain:
         known = self.sequential is not None and self.sequential.certain
         return known or self.exhausted or self.broken is not None
 
+    def for_the_domain(self) -> tuple[float, float] | None:
+        """Interval for other documents of the kind, at :data:`CONFIDENCE` for large numbers."""
+        error = self.spread.standard_error()
+        if error is None or self.broken is not None:
+            return None
+        reach = t_quantile((1 + CONFIDENCE) / 2, self.seen.documents - 1) * error
+        return self.drift - reach, self.drift + reach
+
     def interval(self) -> tuple[float, float]:
         """Of the set's drift, at the verdict's own error rate, on the verdict's side."""
         sequential = self.sequential
         if sequential is None or self.exhausted:
             return self.drift, self.drift
-        low, high = sequential.interval(1 - 2 * self._plan.alpha)
+        low, high = sequential.interval(1 - 2 * sequential.alpha)
         if sequential.verdict is Verdict.AT_MOST:
             high = min(high, sequential.limit)
             return min(low, high), high
@@ -259,10 +276,10 @@ class _Domain:
 
     # ---------------------------------------------------------------------- evaluation
 
-    def evaluate(self, pace: Pace) -> None:
-        """Look at documents until the verdict is known."""
+    def evaluate(self, pace: Pace, alpha: float) -> None:
+        """Look at documents until the verdict is known, with that error rate."""
         if self._plan.limit is not None:
-            self._begin(self._plan.limit, pace)
+            self._begin(self._plan.limit, alpha, pace)
         numbers = range(len(self.collection.batches))
         for number in numbers:
             documents, computed = self._evaluation.batch(
@@ -280,22 +297,21 @@ class _Domain:
 
     @property
     def _decided(self) -> bool:
+        """At least one document is looked at, also where the base alone decides."""
         known = self.sequential is not None and self.sequential.verdict is not None
-        return known or self.broken is not None
+        return self.seen.documents > 0 and (known or self.broken is not None)
 
     def _compares(self, number: int) -> bool:
         """Whether the first documents, on which KL and agreement are taken, reach this batch."""
         before = sum(len(batch) for batch in self.collection.batches[:number])
         return before < self._plan.divergence
 
-    def _begin(self, limit: float, pace: Pace) -> None:
+    def _begin(self, limit: float, alpha: float, pace: Pace) -> None:
         """The base's likelihoods of all documents, and from them how low a drift can be."""
         largest = 0.0
         longest = 0
         for number in range(len(self.collection.batches)):
-            documents, computed = self._evaluation.batch(
-                number, base=True, divergence=self._compares(number)
-            )
+            documents, computed = self._evaluation.batch(number, base=True)
             largest = max(largest, *(_finite_base(document) for document in documents))
             longest = max(longest, *(document.tokens for document in documents))
             pace.step(len(documents), computed=computed)
@@ -304,9 +320,10 @@ class _Domain:
         self.sequential = SequentialMean(
             len(self.collection),
             limit,
-            alpha=self._plan.alpha,
+            alpha=alpha,
             floor=floor,
             cap=None if cap is None else max(cap, floor),
+            max_unseen=self._plan.max_unseen,
         )
 
     def _take(self, document: Document) -> None:
@@ -319,7 +336,7 @@ class _Domain:
         self.seen.add(document)
         if self.broken is not None:
             return
-        self._spread.add(adapted - base, document.tokens)
+        self.spread.add(adapted - base, document.tokens)
         if self.sequential is not None:
             self.sequential.add((adapted - base) * self._scale)
         push = heapq.heappush if len(self.worst) < WORST else heapq.heappushpop
@@ -346,7 +363,8 @@ class _Domain:
             "documents": {"seen": seen.documents, "all": len(self.collection)},
             "tokens": {"seen": seen.tokens, "all": self.collection.tokens},
             "without_a_token": self.collection.left_out,
-            "standard_error": self._spread.standard_error(),
+            "standard_error": self.spread.standard_error(),
+            "for_the_domain": self.for_the_domain(),
             "worst": self._listed(),
             "texts": self.collection.texts.digest,
             "from_cache": dict(self._evaluation.hits),
@@ -425,10 +443,27 @@ def _excerpt(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
+def _open_questions(domains: Sequence[_Domain], limit: float | None) -> Iterator[str]:
+    """Domains of which the documents are too few to say more than what they themselves show."""
+    for domain in domains:
+        around = domain.for_the_domain()
+        if limit is None or around is None or not around[0] <= limit <= around[1]:
+            continue
+        gap = abs(domain.drift - limit)
+        needed = (
+            domain.seen.documents * ((around[1] - domain.drift) / gap) ** 2 if gap else math.inf
+        )
+        takes = f"about {math.ceil(needed):,}" if needed < 1e9 else "ever more"
+        yield (
+            f"{domain.name}: the verdict is about these documents; for the domain they come from"
+            f" ({around[0]:.3g} to {around[1]:.3g} nats per token, {CONFIDENCE:.0%}) it is open,"
+            f" and would take {takes} documents"
+        )
+
+
 def _measurement(
     domains: Sequence[_Domain],
     likelihoods: Likelihoods,
-    plan: _Plan,
     notes: Sequence[str],
     alpha: float,
 ) -> Measurement:
@@ -454,7 +489,7 @@ def _measurement(
             "definition": likelihoods.definition.to_dict(),
             "alpha": alpha,
             "certain": all(domain.certain for domain in domains),
-            "about": "these documents; for the domain they come from, see standard_error",
+            "confidence": CONFIDENCE,
             "notes": list(notes),
         },
     )

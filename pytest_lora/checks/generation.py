@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.errors import NotApplicable, UsageError
+from pytest_lora.errors import CannotRun, NotApplicable, UsageError
 from pytest_lora.records import Json, Measurement, Problem
 from pytest_lora.stats.distributions import binomial_cdf
 from pytest_lora.stats.order import seeded_order
@@ -94,8 +94,8 @@ def measure_generation_health(
 
     Raises:
         NotApplicable: the base model does not continue a text.
-        UsageError: too few prompts for the comparison to decide at this alpha, or an argument
-            cannot be meant.
+        CannotRun: too few prompts for the comparison to decide at this alpha.
+        UsageError: an argument cannot be meant.
     """
     limits = _limits(limits)
     tokens = task_tokenizer(subject, tokenizer)
@@ -270,9 +270,10 @@ def _require_enough(count: int, limits: Mapping[str, float], alpha: float) -> No
         raise UsageError(f"alpha={alpha} is no probability between 0 and 1")
     least = math.ceil(math.log2(len(SYMPTOMS) / alpha) - 1e-9)
     if count < least and len(limits) < len(SYMPTOMS):
-        raise UsageError(
-            f"{count} prompts cannot decide at an error rate of {alpha}: it takes {least}, or a"
-            f" limit for each of {', '.join(SYMPTOMS)}"
+        raise CannotRun(
+            f"{count} prompts cannot decide at an error rate of {alpha:g}: it takes {least}, or a"
+            f" limit for each of {', '.join(SYMPTOMS)}",
+            missing=True,
         )
 
 

@@ -8,7 +8,7 @@ order.
 
 *Shapes.*  A row alone and the same row padded, on either side, or among others, goes through
 kernels that add in another order, so rounding differs.  What the model at hand can make of that is
-measured on itself, by Monte Carlo arithmetic (:mod:`pytest_lora.numerics.monte_carlo`): rounding
+measured on itself, by Monte Carlo arithmetic (:mod:`pytest_lora.numerics.noise`): rounding
 noise is added to what enters and leaves every module with parameters, and the row's output moves by
 its root mean square, the *rounding bound*.
 
@@ -35,7 +35,7 @@ import torch
 from pytest_lora.attach import ADAPTER_NAME
 from pytest_lora.checks.bits import how_different, is_routed, median_rms, rms
 from pytest_lora.errors import NotApplicable
-from pytest_lora.numerics.monte_carlo import rounding_noise
+from pytest_lora.numerics.noise import rounding_noise
 from pytest_lora.probe import output_of
 from pytest_lora.records import Json, Measurement, Problem
 

@@ -29,9 +29,9 @@ __all__ = ["Head", "PairScores", "pair_scores", "rows_within", "token_nll"]
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Rows of hidden states (n, width) to their logits (n, V), in the model's dtype."""
 
-_WIDE = 5
+_WIDE = 4
 """Vocabulary-wide float32 rows alive at a time, at most: the logits of both models, those of one of
-them in the model's own dtype, and two temporaries of logsumexp or of the product with softmax."""
+them in the model's own dtype, and the log-probabilities or weights made of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +111,8 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Never negative, which rounding may make of a token that is nearly certain."""
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return (torch.logsumexp(logits, -1) - chosen).clamp_min_(0)
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return loss.clamp_min_(0)
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,13 +64,13 @@ def _gathered(rows: Iterable[CheckResult]) -> list[CheckResult]:
 
 
 def _joined(rows: Sequence[CheckResult]) -> CheckResult:
-    names = ", ".join(row.check for row in rows)
+    names = ", ".join(row.label for row in rows)
     return replace(rows[0], check=f"{len(rows)} checks", reason=f"{rows[0].reason} ({names})")
 
 
 def _heads(rows: Sequence[CheckResult]) -> list[str]:
     """The names and verdicts of one table, in two columns."""
-    names = [_short(clean(row.check)) for row in rows]
+    names = [_short(clean(row.label)) for row in rows]
     words = [_WORDS[row.outcome] for row in rows]
     left, right = max(map(len, names)), max(map(len, words))
     return [f"  {name:<{left}}  {word:<{right}}  " for name, word in zip(names, words, strict=True)]
@@ -110,7 +110,7 @@ def _is_plain_zero(row: CheckResult) -> bool:
 def _advice(rows: Iterable[CheckResult], width: int) -> Iterator[tuple[str, str | None]]:
     for row in rows:
         if row.outcome in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE) and row.advice:
-            yield from _wrapped(f"{clean(row.check)}: {clean(row.advice)}", "  -> ", width, None)
+            yield from _wrapped(f"{clean(row.label)}: {clean(row.advice)}", "  -> ", width, None)
 
 
 def _wrap(text: str, width: int, lead: str = "", after: str = "") -> list[str]:

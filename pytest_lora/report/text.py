@@ -69,6 +69,8 @@ def allowed(bound: Bound) -> str:
         parts.append("more than 0" if 0 < bound.low < 1e-300 else f"at least {number(bound.low)}")
     if bound.high is not None:
         parts.append(f"at most {number(bound.high)}")
+    if math.inf in (bound.high, -(bound.low or 0.0)):
+        parts = ["any finite value"]
     return f"{' and '.join(parts)} ({clean(bound.origin)})"
 
 
@@ -87,7 +89,7 @@ def explain(result: CheckResult) -> str:
 
 
 def _headline(result: CheckResult) -> str:
-    text = f"{clean(result.check)} {_VERBS[result.outcome]} for {clean(result.adapter)}"
+    text = f"{clean(result.label)} {_VERBS[result.outcome]} for {clean(result.adapter)}"
     if result.measurement is not None:
         text += f": {measured(result.measurement, result.bound)}"
     return f"{text}: {clean(result.reason)}" if result.reason else text

@@ -20,7 +20,7 @@ def seeded_order(size: int, seed: int, name: str = "") -> list[int]:
     """
     if size < 0:
         raise ValueError(f"a set of {size} items has no order")
-    stem = sha256(f"{seed}/{size}/{name}/".encode())
+    stem = sha256(f"{seed}/{size}/{name}/".encode("utf-8", "surrogatepass"))
 
     def key(position: int) -> bytes:
         digest = stem.copy()

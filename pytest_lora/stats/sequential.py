@@ -50,8 +50,8 @@ class SequentialMean:
         limit: what the mean is compared with.
         alpha: probability of a wrong verdict before the last item, for each of the two.
         floor, cap: what no item is below, and none above.
-        max_unseen: no verdict while a larger share of the set may lie unseen beyond the screened
-            cap or floor that it rests on.
+        max_unseen: no evidence counts while a larger share of the set may lie unseen beyond the
+            screened cap or floor that it rests on.
 
     Raises:
         ValueError: for numbers that cannot be meant, and for more than ``size`` items.
@@ -85,6 +85,7 @@ class SequentialMean:
         self._sum = 0
         self._low = Wealth(size, self.cap)
         self._high = Wealth(size, None if self.floor is None else -self.floor)
+        self._best = {self._low: 0.0, self._high: 0.0}
         self._early: Verdict | None = None
         self._known: Verdict | None = None
         self._settle()
@@ -109,15 +110,17 @@ class SequentialMean:
 
     def _settle(self) -> None:
         self._known = self._certainty()
+        for wealth, best in self._best.items():
+            if wealth.log > best and self._sees_enough(wealth):
+                self._best[wealth] = wealth.log
         if self._early is None:
-            if self._decides(self._low):
+            if self.p_at_most <= self.alpha:
                 self._early = Verdict.AT_MOST
-            elif self._decides(self._high):
+            elif self.p_above <= self.alpha:
                 self._early = Verdict.ABOVE
 
-    def _decides(self, wealth: Wealth) -> bool:
-        enough = math.exp(-wealth.log_best) <= self.alpha
-        return enough and self._unseen(wealth) <= self.max_unseen
+    def _sees_enough(self, wealth: Wealth) -> bool:
+        return self.max_unseen >= 1 or self._unseen(wealth) <= self.max_unseen
 
     def _certainty(self) -> Verdict | None:
         """The verdict that no completion of the set could change."""
@@ -177,7 +180,7 @@ class SequentialMean:
     def _p(self, wealth: Wealth, verdict: Verdict) -> float:
         if self._known is not None:
             return float(self._known is not verdict)
-        return math.exp(-wealth.log_best)
+        return math.exp(-self._best[wealth])
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """An interval for the mean of the whole set, valid at every time at once.
@@ -213,6 +216,7 @@ class SequentialMean:
             "limit": self.limit,
             "estimate": self.estimate if self.used else None,
             "alpha": self.alpha,
+            "max_unseen": self.max_unseen,
             "verdict": None if verdict is None else str(verdict),
             "certain": self.certain,
             "p_at_most": self.p_at_most,
@@ -263,7 +267,7 @@ def _units(value: float) -> int:
 def _rejected_from(values: list[float], size: int, cap: float | None, level: float) -> float:
     """The lowest limit found at which "the mean is at least that" was rejected at ``level``.
 
-    By bisection, to a billionth of the spread of the values, on the rejected side.
+    By bisection, to a billionth of the spread of the values or the last bit, on the rejected side.
     """
     import numpy as np
 
@@ -285,5 +289,7 @@ def _rejected_from(values: list[float], size: int, cap: float | None, level: flo
         gone += step
     while gone - kept > 1e-9 * scale:
         middle = (kept + gone) / 2
+        if not kept < middle < gone:
+            break  # neighbours: the values hardly differ for their size
         kept, gone = (kept, middle) if rejected(middle) else (middle, gone)
     return gone

@@ -104,7 +104,7 @@ class Wealth:
         cap: what no value is above; None screens one.
 
     Attributes:
-        log_best: logarithm of the greatest wealth so far, starting from a wealth of 1.
+        log: logarithm of the wealth, which starts at 1.
         cap: the declared cap, or the lowest one that a bet relied upon; None before the first.
         since: how many values were drawn since there is a cap.
         above: how many of these lay above :attr:`cap`.
@@ -114,7 +114,7 @@ class Wealth:
         self.size = size
         self.declared = cap is not None
         self.cap = cap
-        self.log_best = 0.0
+        self.log = 0.0
         self.since = self.above = 0
         self._cap = -math.inf if cap is None else cap
         self._logs = [math.log(part) for _, part in BETTORS]
@@ -131,7 +131,7 @@ class Wealth:
             self.since += 1
             self.above += value > self.cap
             self._bet(value, expected)
-            self.log_best = max(self.log_best, self._log_total())
+            self.log = self._log_total()
         if not self._seen:
             self._first = value
         self._seen += 1

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_lora import assert_adapter_effect, assert_frozen_weights, assert_requires_grad
+from pytest_lora import (
+    assert_adapter_effect,
+    assert_delta_spectrum,
+    assert_frozen_weights,
+    assert_requires_grad,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,6 +19,10 @@ if TYPE_CHECKING:
 
 def test_adapter_effect(lora_subject: Subject, lora_bounds: Mapping[str, Bound]) -> None:
     assert_adapter_effect(lora_subject, bound=lora_bounds.get("adapter_effect"))
+
+
+def test_delta_spectrum(lora_subject: Subject, lora_bounds: Mapping[str, Bound]) -> None:
+    assert_delta_spectrum(lora_subject, bound=lora_bounds.get("delta_spectrum"))
 
 
 def test_requires_grad(lora_subject: Subject) -> None:

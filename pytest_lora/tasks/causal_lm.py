@@ -9,7 +9,7 @@ probe of some dozens of tokens:
   logits of one row do not depend on the others, bit for bit.
 * *packed*: several windows in one row, with position ids that start over, do not see each other:
   other tokens in one leave the states of another unchanged, bit for bit, and these differ from the
-  window's own by no more than rounding noise moves them (:mod:`pytest_lora.numerics.monte_carlo`).
+  window's own by no more than rounding noise moves them (:mod:`pytest_lora.numerics.noise`).
 
 A model that does not split is run over its own key-value cache, a few tokens at a time, if that
 gives the plain logits up to rounding noise.  One that does not pack is run a window at a time.
@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_lora.errors import CannotRun
+from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.numerics.fingerprint import locate_difference
 from pytest_lora.numerics.likelihood import token_nll
-from pytest_lora.numerics.monte_carlo import rounding_noise
+from pytest_lora.numerics.noise import rounding_noise
 from pytest_lora.numerics.streaming import intercepted
 from pytest_lora.probe import output_of
+from pytest_lora.structure import Structure
 from pytest_lora.tasks.definition import Window
 
 if TYPE_CHECKING:
@@ -176,9 +177,12 @@ class CausalModel:
             rows: how many rows of logits fit, given the size of the vocabulary.
 
         Raises:
+            NotApplicable: what comes later in a text changes what it says of a token.
             CannotRun: it neither splits nor can be run over its cache.
         """
         plain = output_of(self.outer, {"input_ids": self._probe(0)})
+        if not self._is_causal(plain):
+            raise NotApplicable("the model sees the tokens it is to predict; it is not causal")
         self.rows = rows(plain.shape[-1])
         self.packs = False
         for body in self._candidates():
@@ -199,6 +203,20 @@ class CausalModel:
         generator = torch.Generator().manual_seed(SEED + which)
         ids = torch.randint(vocabulary, (1, PROBE), generator=generator)
         return ids.to(self.subject.base.device)
+
+    def _is_causal(self, plain: torch.Tensor) -> bool:
+        """Whether later tokens leave earlier predictions alone: in every bit, or (where experts get
+        other batches) up to rounding noise.
+        """
+        half = PROBE // 2
+        other = torch.cat([self._probe(0)[:, :half], self._probe(1)[:, half:]], 1)
+        until = plain.shape[1] - half
+        changed = output_of(self.outer, {"input_ids": other})[:, :until]
+        if _same(changed, plain[:, :until]):
+            return True
+        with rounding_noise(self.outer, SEED):
+            noisy = output_of(self.outer, {"input_ids": self._probe(0)})
+        return _rms(changed - plain[:, :until]) <= _rms((noisy - plain)[:, :until])
 
     def _candidates(self) -> list[Any]:
         """Modules the head may get its states from."""
@@ -260,9 +278,16 @@ class CausalModel:
 class BaseModelAlone(CausalModel):
     """The untouched base model."""
 
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self._attached: tuple[Any, Structure] | None = None
+
     def active(self) -> contextlib.AbstractContextManager[object]:
-        """Modules as they were loaded."""
-        return self.subject.base.bare()
+        """Modules as they were loaded; those of the attached model are noted once."""
+        model = self.subject.model
+        if self._attached is None or self._attached[0] is not model:
+            self._attached = model, Structure(self.subject.base.module)
+        return self.subject.base.bare(self._attached[1])
 
     @property
     def outer(self) -> Any:

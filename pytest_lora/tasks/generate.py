@@ -7,7 +7,7 @@ samples that depend on a seed and nothing else, and the watch for logits that ar
 *Batching.*  Rows of different length are padded on the left.  Before the first batch's answers are
 believed, its shortest and its longest row are answered alone as well.  Their first logits may
 differ by no more than the rounding bound that noise measures on the model itself
-(:mod:`pytest_lora.numerics.monte_carlo`), and their tokens must be the same, or part at a tie: the
+(:mod:`pytest_lora.numerics.noise`), and their tokens must be the same, or part at a tie: the
 gap between the two candidates lies within what noise does to it, by Student's t at 1 in 1000.
 Where that does not hold, every row is answered alone, and the result says so.
 """
@@ -25,7 +25,7 @@ import torch
 
 from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.loading import one_line, quiet
-from pytest_lora.numerics.monte_carlo import rounding_noise
+from pytest_lora.numerics.noise import rounding_noise
 from pytest_lora.tasks.models import known_tokens, window
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Generator:
         if room < 1:
             raise CannotRun(
                 f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt: the model's"
-                f" window is {self._window} tokens"
+                f" window is {self._window} tokens; set max_new_tokens to less"
             )
         if len(prompt) <= room:
             return prompt

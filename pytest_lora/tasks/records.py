@@ -136,6 +136,11 @@ class Task:
         ):
             raise UsageError(f"task {self.name}: not enough items to draw {self.shots} shots from")
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the model writes answers, rather than choosing among given ones."""
+        return self.scoring is Scoring.GENERATE
+
     def _require_choices(self) -> None:
         for item in self.items:
             if len(item.choices) < 2 or item.correct is None:

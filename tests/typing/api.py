@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_type
 
@@ -47,6 +47,7 @@ def files(path: Path) -> None:
 
 def models(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
     pytest_lora.assert_adapter_effect(model, inputs, bound=0.01)
+    pytest_lora.assert_delta_spectrum(model, least_effective_rank=2, bound=0.5)
     pytest_lora.assert_disable_equals_base(model, inputs)
     pytest_lora.assert_requires_grad(model, inputs)
     pytest_lora.assert_frozen_weights(model, inputs)
@@ -74,6 +75,21 @@ def subjects(
     pytest_lora.measure_unmerge_restoration(lora_subject, cycles=3)
     with lora_subject.attached(is_trainable=True) as model:
         model.train()
+
+
+def training(
+    step: Callable[[torch.nn.Module], torch.Tensor],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    build: Callable[[int], torch.nn.Module],
+) -> None:
+    assert_type(pytest_lora.assert_trains_only_adapter(step, model, steps=5), Measurement)
+    pytest_lora.assert_gradient_coverage(step, model, idle=["*.experts.*"])
+    pytest_lora.assert_optimizer_holds(optimizer, model, lr={"*lora_A*": 1e-4, "*lora_B*": 1e-3})
+    pytest_lora.assert_overfits_one_batch(step, model, steps=40, chance=1e-4)
+    pytest_lora.assert_checkpointing_equivalent(step, model, checkpointing={"use_reentrant": False})
+    pytest_lora.assert_accumulation_equivalent(step, step, model=model, bound=2.0)
+    pytest_lora.assert_seeded_initialisation(build, hash_seeds=range(4))
 
 
 def verdicts(adapter: Adapter) -> str | None:

@@ -21,7 +21,7 @@ from pytest_lora.assertions import assert_padding_invariance
 from pytest_lora.checks import padding
 from pytest_lora.checks.padding import BATCHED, LEFT, RIGHT, measure_padding_invariance
 from pytest_lora.errors import CheckFailed, NotApplicable
-from pytest_lora.numerics import monte_carlo
+from pytest_lora.numerics import noise as rounding
 from pytest_lora.subject import BaseModel, Subject, load_base
 
 if TYPE_CHECKING:
@@ -406,7 +406,7 @@ def test_the_noise_is_of_the_size_it_says(seed: int, dtype: torch.dtype) -> None
         forth += x[:, index, None] * w[index]
         back += x[:, order[index], None] * w[order[index]]
     moved = float((forth.to(dtype).double() - back.to(dtype).double()).square().mean().sqrt())
-    noisy = monte_carlo._perturbed(wide.to(dtype), k, generator)
+    noisy = rounding.perturbed(wide.to(dtype), k, generator)
     noise = float((noisy.double() - wide.to(dtype).double()).square().mean().sqrt())
     assert moved <= noise
 
@@ -414,7 +414,7 @@ def test_the_noise_is_of_the_size_it_says(seed: int, dtype: torch.dtype) -> None
 def test_what_is_left_alone_by_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     for value in (None, 3, torch.arange(4), torch.tensor(1.0)):
-        assert monte_carlo._perturbed(value, 4, generator) is value
+        assert rounding.perturbed(value, 4, generator) is value
 
 
 def test_modules_that_return_tuples_get_noise_too() -> None:
@@ -427,7 +427,7 @@ def test_modules_that_return_tuples_get_noise_too() -> None:
             return x * self.weight, None
 
     pair = Pair()
-    with torch.no_grad(), monte_carlo.rounding_noise(pair, 1):
+    with torch.no_grad(), rounding.rounding_noise(pair, 1):
         noisy, nothing = pair(torch.ones(3))
     assert nothing is None
     assert 0 < float((noisy - 1).abs().max()) < 1e-5

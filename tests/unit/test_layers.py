@@ -65,6 +65,7 @@ ROOMS = {
     "loading": Room(2, MODEL | {"huggingface_hub"}),
     "probe": Room(2, MODEL),
     "attach": Room(2, MODEL),
+    "data": Room(2, MODEL),
     "subject": Room(2, MODEL),
     "fresh": Room(2, MODEL),
     "_fresh_job": Room(2, MODEL),
@@ -77,6 +78,7 @@ ROOMS = {
     **dict.fromkeys(FILE_CHECKS, Room(3)),
     "assertions": Room(4, MODEL),
     "run": Room(4, MODEL),
+    "training": Room(4, MODEL),
     "baseline": Room(4),
     "strategies": Room(4, frozenset({"hypothesis"})),
     "contract": Room(4, frozenset({"hypothesis"}) | MODEL),
@@ -84,6 +86,7 @@ ROOMS = {
     "suite": Room(5, frozenset({"pytest"})),
     "collection": Room(5, frozenset({"pytest"})),
     "distribution": Room(5, frozenset({"pytest", "xdist"})),
+    "progress": Room(5, frozenset({"pytest"})),
     "running": Room(5, frozenset({"pytest"})),
     "plugin": Room(6, frozenset({"pytest"})),
 }

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from example import ROOT
 
+from pytest_lora import profile
 from pytest_lora.errors import UsageError
+from pytest_lora.profile import TASK_KEYS
 from pytest_lora.tasks import rows
-from pytest_lora.tasks.configure import TASK_KEYS, task_from_config
+from pytest_lora.tasks.configure import task_from_config
 from pytest_lora.tasks.formats import FORMATS, read_task
-from pytest_lora.tasks.graders import final_number
+from pytest_lora.tasks.graders import GRADERS, final_number
 from pytest_lora.tasks.records import Length, Scoring, Task, TaskItem
 
 SHARED = ROOT.parent / "shared" / "data" / "eval"
@@ -362,6 +364,8 @@ def test_every_key_of_a_task_is_taken(tmp_path: Path) -> None:
         "system": "Be brief.",
         "stop": ["\n"],
         "max_new_tokens": 3,
+        "about": "domain",
+        "batch_size": 4,
     }
     task = task_from_config("x", config, tmp_path)
     assert (task.scoring, task.length, task.chat) == (Scoring.CHOICES, Length.BYTES, True)
@@ -371,12 +375,32 @@ def test_every_key_of_a_task_is_taken(tmp_path: Path) -> None:
     assert graded.scoring is Scoring.GENERATE
 
 
+def test_the_profile_offers_what_there_is() -> None:
+    assert tuple(Scoring) == profile.SCORINGS
+    assert tuple(Length) == profile.LENGTHS
+    assert (*GRADERS, "regex") == profile.GRADERS
+
+
+def test_a_floor_relative_to_the_base_is_not_the_tasks_own(tmp_path: Path) -> None:
+    write(tmp_path / "t.jsonl", PUBLISHED["gsm8k"])
+    config = {"path": "t.jsonl", "min_accuracy": "base - 2%"}
+    assert task_from_config("x", config, tmp_path).min_accuracy is None
+
+
+def test_humaneval_is_graded_only_with_permission(tmp_path: Path) -> None:
+    write(tmp_path / "t.jsonl", PUBLISHED["humaneval"])
+    with pytest.raises(UsageError, match="--lora-allow-code-execution"):
+        task_from_config("x", {"path": "t.jsonl"}, tmp_path)
+    task = task_from_config("x", {"path": "t.jsonl"}, tmp_path, allow_code_execution=True)
+    assert task.grader is not None
+
+
 MISTAKES = [
     ({"pth": "t"}, r"there is no key 'pth' \(did you mean 'path'\?\)"),
     ({}, "path is missing"),
-    ({"path": 3}, "path = 3, expected the path of a file"),
-    ({"path": "t", "min_accuracy": 50}, "min_accuracy = 50, expected a number from 0 to 1"),
-    ({"path": "t", "min_accuracy": True}, "min_accuracy = True, expected a number"),
+    ({"path": 3}, "path = 3, expected a non-empty text"),
+    ({"path": "t", "min_accuracy": 50}, "min_accuracy = 50, expected a share"),
+    ({"path": "t", "min_accuracy": True}, "min_accuracy = True, expected a share"),
     ({"path": "t", "grader": "gsm8"}, r"expected exact, .*did you mean 'gsm8k'"),
     ({"path": "t", "grader": "regex"}, 'grader = "regex" and pattern go together'),
     ({"path": "t", "grader": "regex", "pattern": "(a+)+"}, "repetition of repetitions"),

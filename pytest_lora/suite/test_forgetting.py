@@ -1,0 +1,16 @@
+"""What the adapter forgot of the domains it was not trained on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_lora import assert_perplexity_drift
+
+if TYPE_CHECKING:
+    from pytest_lora import SourceDomain, Subject
+
+
+def test_perplexity_drift(lora_subject: Subject, lora_source: SourceDomain) -> None:
+    assert_perplexity_drift(
+        lora_subject, lora_source.texts, max_drift=lora_source.max_drift, **lora_source.options
+    )

@@ -1,0 +1,145 @@
+"""Checks made for the entries of a profile: when they are collected, and what they say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from adapter_maker import write_adapter
+from example import FIXTURES, NEEDS_EXAMPLE
+
+ADAPTERS = FIXTURES / "adapters"
+STORIES = FIXTURES / "data" / "source_heldout.jsonl"
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    pytester.makeini("[pytest]\nfilterwarnings = error\n")
+    return pytester
+
+
+def run(project: pytest.Pytester, *words: str) -> pytest.RunResult:
+    return project.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:randomly", *words)
+
+
+def profile(project: pytest.Pytester, text: str) -> None:
+    (project.path / "lora.toml").write_text(text, encoding="utf-8")
+
+
+def results(project: pytest.Pytester) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((project.path / "out.json").read_text())["results"]
+    return found
+
+
+# ---------------------------------------------------------------------------------- collection
+
+TWO = """\
+[sources.prose]
+path = "texts.txt"
+
+[sources.code]
+path = "texts.txt"
+
+[adapters."*other".sources.extra]
+path = "texts.txt"
+"""
+
+
+@pytest.fixture
+def two(project: pytest.Pytester) -> pytest.Pytester:
+    for name in ("good", "other"):
+        write_adapter(project.path / "adapters" / name)
+    (project.path / "texts.txt").write_text("One.\n\nTwo.\n")
+    profile(project, TWO)
+    return project
+
+
+def collected(project: pytest.Pytester, *words: str) -> list[str]:
+    listed = run(project, "--lora-adapter=adapters/*", "--collect-only", "-q", *words)
+    return [line for line in listed.outlines if "perplexity_drift" in line]
+
+
+def test_each_source_of_each_adapter_is_a_test_of_its_own(two: pytest.Pytester) -> None:
+    test = "lora/test_forgetting::test_perplexity_drift"
+    assert collected(two) == [
+        f"{test}[adapters/good:prose]",
+        f"{test}[adapters/good:code]",
+        f"{test}[adapters/other:prose]",
+        f"{test}[adapters/other:code]",
+        f"{test}[adapters/other:extra]",
+    ]
+    assert collected(two, "-k", "other and code") == [f"{test}[adapters/other:code]"]
+    assert collected(two, "--lora-checks=process") == []
+
+
+def test_without_a_profile_there_is_nothing_to_collect(two: pytest.Pytester) -> None:
+    (two.path / "lora.toml").unlink()
+    assert collected(two) == []
+
+
+def test_data_that_is_not_there_stops_the_run_before_any_check(two: pytest.Pytester) -> None:
+    (two.path / "texts.txt").unlink()
+    result = run(two, "--lora-adapter=adapters/good")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: path in *lora.toml:2: *texts.txt is not there"])
+    run(two, "--lora-adapter=adapters/good", "--lora-checks=files").assert_outcomes(
+        passed=4, deselected=13
+    )
+
+
+def test_a_run_that_ends_early_names_the_sources_it_did_not_come_to(two: pytest.Pytester) -> None:
+    (two.path / "adapters" / "good" / "adapter_model.safetensors").write_bytes(b"broken")
+    words = ["--lora-adapter=adapters/good", "--lora-checks=adapter_files,perplexity_drift"]
+    run(two, *words, "-x", "--lora-report=out.json")
+    assert [(item["check"], item["part"], item["outcome"]) for item in results(two)] == [
+        ("adapter_files", "", "failed"),
+        ("perplexity_drift", "prose", "skipped"),
+        ("perplexity_drift", "code", "skipped"),
+    ]
+
+
+def test_a_fixture_without_a_profile_skips_with_the_reason(project: pytest.Pytester) -> None:
+    write_adapter(project.path / "good")
+    project.makepyfile("def test_mine(lora_source): pass")
+    result = run(project, "--lora-adapter=good", "--lora-checks=adapter_files", "-rs")
+    result.assert_outcomes(passed=1, skipped=1, deselected=14)
+
+
+# -------------------------------------------------------------------------------- with the example
+
+GATE = f"""\
+[sources.stories]
+path = "{STORIES}"
+max_drift = "2.5 nats"
+"""
+
+
+@NEEDS_EXAMPLE
+def test_the_example_that_forgets_fails_the_gate_and_a_sound_one_passes(
+    project: pytest.Pytester,
+) -> None:
+    pytest.importorskip("torch")
+    profile(project, GATE)
+    names = ["dora", "overtrained"]
+    words = [f"--lora-adapter={ADAPTERS / name}" for name in names]
+    words += [f"--lora-base-model={FIXTURES / 'base'}", "--lora-checks=perplexity_drift"]
+    words += ["--lora-report=out.json", "--lora-cache-dir=kept"]
+    first = run(project, *words)
+    first.assert_outcomes(passed=1, failed=1, deselected=30)
+    first.stdout.fnmatch_lines(
+        [
+            "*perplexity_drift[[]stories[]] FAILED for *overtrained*nats per token*",
+            "*allowed: at most 2.5 (max_drift in *lora.toml:3)*",
+        ]
+    )
+    before = results(project)
+    assert all(item["measurement"]["count"] < 128 for item in before)
+    again = run(project, *words)
+    again.assert_outcomes(passed=1, failed=1, deselected=30)
+    after = results(project)
+    for old, new in zip(before, after, strict=True):
+        domain = new["measurement"]["details"]["domains"]["stories"]
+        assert domain.pop("from_cache")["adapted"] > 0
+        old["measurement"]["details"]["domains"]["stories"].pop("from_cache")
+        assert {**old, "seconds": 0} == {**new, "seconds": 0}
