@@ -25,7 +25,7 @@ from pytest_lora.checks.generation import (
     measure_generation_health,
     repetition,
 )
-from pytest_lora.errors import CheckFailed, NotApplicable, UsageError
+from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
 from pytest_lora.subject import Subject
 from pytest_lora.tasks.configure import task_from_config
 
@@ -122,7 +122,7 @@ def test_what_the_base_does_itself_is_not_held_against_the_adapter(
 
 
 def test_too_few_prompts_decide_nothing(subject: Subject) -> None:
-    with pytest.raises(UsageError, match=r"11 prompts cannot decide .*: it takes 12"):
+    with pytest.raises(CannotRun, match=r"11 prompts cannot decide .*: it takes 12"):
         measure_generation_health(subject, TASK, count=11)
     limits = {"unstopped": 0.0, "looping": 0.0, "empty": 0.0, "leaking": 0.0}
     assert symptoms(subject, count=2, limits=limits) == set()
