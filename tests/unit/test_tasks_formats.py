@@ -407,7 +407,7 @@ MISTAKES = [
     ({"path": "t", "pattern": "x"}, "go together"),
     (
         {"path": "t", "length": "chars"},
-        r"expected one of none, characters.*did you mean 'characters'",
+        r"expected one of none.*did you mean 'characters'",
     ),
     ({"path": "t", "shots": -1}, "shots = -1, expected a whole number"),
     ({"path": "t", "shots": 1.5}, "shots = 1.5, expected a whole number"),
