@@ -88,10 +88,12 @@ def files_only(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and formatting."""
-    session.install(*PINNED, "ruff")
+    """Style and formatting; the safety of the action and the workflows."""
+    session.install(*PINNED, "ruff", "zizmor")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    places = ("action.yml", ".github/workflows")
+    session.run("zizmor", "--offline", "--config", ".github/zizmor.yml", *places)
 
 
 @nox.session
@@ -127,6 +129,15 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def html(session: nox.Session) -> None:
+    """The HTML report in headless Chromium, which has to be installed (Debian: chromium)."""
+    if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+        session.error("no Chromium here; on Debian: apt-get install chromium")
+    session.install(*PINNED, "-e", ".", "hypothesis", "jsonschema", "pytest-xdist")
+    session.run("python", "-m", "pytest", "tests/unit/test_report_html.py", *session.posargs)
+
+
+@nox.session(default=False)
 def timemachine(session: nox.Session) -> None:
     """Known faults of PEFT under the releases that had them: are they caught, and only they?"""
     session.install(*PINNED, "-e", ".[model]")
@@ -148,3 +159,11 @@ def bench(session: nox.Session) -> None:
     session.install(*PINNED, "-e", ".[model,test]")
     for script in sorted((HERE / "benchmarks").glob("[a-z]*.py")):
         session.run("python", os.fspath(script.relative_to(HERE)), *session.posargs)
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """20,000 hostile adapter folders against the file checks; about four minutes."""
+    session.install(*PINNED, "-e", ".[model,test]")
+    path = "tests/property/test_hostile_folders.py"
+    session.run("python", "-m", "pytest", path, env={"LORA_FUZZ_EXAMPLES": "4000"})

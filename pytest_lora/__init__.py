@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from pytest_lora.assertions import assert_delta_spectrum as assert_delta_spectrum
     from pytest_lora.assertions import assert_disable_equals_base as assert_disable_equals_base
+    from pytest_lora.assertions import assert_dtype_stability as assert_dtype_stability
     from pytest_lora.assertions import assert_finite_weights as assert_finite_weights
     from pytest_lora.assertions import assert_frozen_weights as assert_frozen_weights
     from pytest_lora.assertions import (
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     )
     from pytest_lora.checks.serving import measure_serving_profile as measure_serving_profile
     from pytest_lora.checks.spectrum import measure_delta_spectrum as measure_delta_spectrum
+    from pytest_lora.checks.stability import measure_dtype_stability as measure_dtype_stability
     from pytest_lora.checks.switching import measure_adapter_isolation as measure_adapter_isolation
     from pytest_lora.checks.switching import (
         measure_disable_equals_base as measure_disable_equals_base,
@@ -144,6 +146,7 @@ _HOMES = {
     "assert_config_matches_weights": "assertions",
     "assert_delta_spectrum": "assertions",
     "assert_disable_equals_base": "assertions",
+    "assert_dtype_stability": "assertions",
     "assert_finite_weights": "assertions",
     "assert_frozen_weights": "assertions",
     "assert_generation_diversity": "assertions",
@@ -163,6 +166,7 @@ _HOMES = {
     "measure_base_compatibility": "checks.base",
     "measure_config_matches_weights": "checks.config",
     "measure_disable_equals_base": "checks.switching",
+    "measure_dtype_stability": "checks.stability",
     "measure_finite_weights": "checks.finite",
     "measure_frozen_weights": "checks.frozen",
     "measure_generation_diversity": "checks.generation",

@@ -40,6 +40,7 @@ __all__ = [
     "assert_config_matches_weights",
     "assert_delta_spectrum",
     "assert_disable_equals_base",
+    "assert_dtype_stability",
     "assert_finite_weights",
     "assert_frozen_weights",
     "assert_generation_diversity",
@@ -73,6 +74,8 @@ _ADVICE = {
     "a current PEFT and compare the keys named above",
     "merged_reload": "do not publish the merged folder; check tied embeddings and saved modules",
     "adapter_isolation": "serve one adapter per base model with this PEFT version",
+    "dtype_stability": "serve and evaluate the adapter in the dtype it was trained in, not in the "
+    "one named above; very large weights or a large scaling are what overflows float16",
     "requires_grad": "set requires_grad by hand after the call named above, or change the PEFT "
     "version",
     "padding_invariance": "check attention_mask handling of the adapted modules; evaluate "
@@ -276,6 +279,45 @@ def assert_padding_invariance(
     from pytest_lora.checks.padding import measure_padding_invariance
 
     return _on_subject("padding_invariance", subject, inputs, measure_padding_invariance, bound)
+
+
+def assert_dtype_stability(
+    subject: Subject,
+    texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    *,
+    max_tokens: int = 512,
+    max_change: float | None = None,
+    bound: Bound | float | None = None,
+) -> Measurement:
+    """What the adapter does to the likelihood is the same in bfloat16, float16 and float32.
+
+    Args:
+        subject: its base has to come from a folder, so that it can be read in other dtypes.
+        texts: what to score, or one domain's by its name; None scores the probe inputs.
+        max_tokens: tokens of the texts at most.
+        max_change: the most the drift may change, in nats per token, instead of ``bound``.
+        bound: the most, in multiples of the rounding bound (default: 1).
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.stability import measure_dtype_stability
+
+    if max_change is not None and bound is not None:
+        raise UsageError("dtype_stability takes max_change (nats per token) or bound, not both")
+    part = _only_name(texts)
+    if isinstance(texts, Mapping):
+        if not part:
+            raise UsageError("dtype_stability takes the texts of one domain at a time")
+        texts = texts[part]
+    with _on(subject) as known:
+        return _judge(
+            "dtype_stability",
+            known.adapter.name,
+            lambda: measure_dtype_stability(
+                known, texts, max_tokens=max_tokens, in_nats=max_change is not None
+            ),
+            _bound("dtype_stability", bound if max_change is None else max_change),
+            part=part,
+        )
 
 
 def assert_merge_equivalence(

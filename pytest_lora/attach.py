@@ -159,17 +159,16 @@ def strip(root: torch.nn.Module) -> None:
     Raises:
         UsageError: there is a layer that wraps nothing.
     """
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            while _is_of_peft(child):
-                inner = getattr(child, "base_layer", None)
-                inner = getattr(child, "original_module", None) if inner is None else inner
-                if not isinstance(inner, torch.nn.Module):
-                    raise UsageError(
-                        f"{type(child).__name__} {name!r} wraps no module to go back to"
-                    )
-                child = inner
-            parent._modules[name] = child
+    for name, child in list(root._modules.items()):
+        while _is_of_peft(child):
+            inner = getattr(child, "base_layer", None)
+            inner = getattr(child, "original_module", None) if inner is None else inner
+            if not isinstance(inner, torch.nn.Module):
+                raise UsageError(f"{type(child).__name__} {name!r} wraps no module to go back to")
+            child = inner
+        root._modules[name] = child
+        if child is not None:
+            strip(child)  # what a layer of PEFT holds beside the wrapped module is gone by now
 
 
 def _is_of_peft(module: object) -> bool:

@@ -212,6 +212,17 @@ CHECKS: tuple[CheckSpec, ...] = (
         per="sources",
     ),
     CheckSpec(
+        "dtype_stability",
+        "Is the drift in bfloat16 and float16 what it is in float32?",
+        Need.DATA,
+        "minutes",
+        after=_LOADS,
+        limit="at most",
+        default=1.0,
+        unit=_BOUND_UNIT,
+        per="sources",
+    ),
+    CheckSpec(
         "task_accuracy",
         "Does it solve enough of a target task?",
         Need.DATA,

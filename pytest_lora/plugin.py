@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from pytest_lora.settings import Layer, ini_name, option_name, table
 
 if TYPE_CHECKING:
     from pytest_lora.collection import SuitePlan
-    from pytest_lora.records import CheckResult, Json
+    from pytest_lora.records import CheckResult
     from pytest_lora.run import Run
 
 _MENDED = pytest.StashKey[tuple[list[str], str]]()
@@ -66,6 +65,20 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         "--lora-init",
         action="store_true",
         help="write a commented lora.toml for the adapters given, and exit",
+    )
+    group.addoption(
+        "--lora-contract",
+        nargs="?",
+        const="",
+        metavar="MODULE:CLASS",
+        help="hold the installed PEFT, or the class after the = sign, against the laws of LoRA "
+        "(docs/contract.md)",
+    )
+    group.addoption(
+        "--lora-contract-depth",
+        choices=("quick", "full"),
+        default="quick",
+        help="how many examples of each law, unless --hypothesis-profile says so (default: quick)",
     )
 
 
@@ -187,6 +200,27 @@ def pytest_configure(config: pytest.Config) -> None:
             run.locate()
             _require_writable(run)
 
+    _add_contract(config)
+
+
+def _add_contract(config: pytest.Config) -> None:
+    value = config.getoption("--lora-contract")
+    if value is None:
+        return
+    if value and ":" not in value:
+        raise pytest.UsageError(
+            "--lora-contract takes package.module:Class after a = sign, or nothing, got "
+            f"{value!r}; write test paths before the option"
+        )
+    try:
+        from pytest_lora.contract_suite import ContractPlugin
+    except ImportError as error:
+        raise pytest.UsageError(
+            f"--lora-contract needs pip install 'pytest-lora[model,hypothesis]': {error}"
+        ) from None
+    depth = config.getoption("--lora-contract-depth")
+    config.pluginmanager.register(ContractPlugin(config, value, depth), "pytest_lora_contract")
+
 
 def _make_run(config: pytest.Config) -> Run:
     from pytest_lora.run import Run
@@ -219,13 +253,22 @@ def _anchored(value: Any, folder: Path) -> Any:
 
 
 def _require_writable(run: Run) -> None:
-    if run.settings.report is None:
-        return
-    path = run.start / run.settings.report
-    if path.suffix != ".json":
-        raise UsageError(f"{run.settings.origin('report')}: {path.name} is not a .json file")
+    from pytest_lora.report.output import SUFFIXES
+
+    settings = run.settings
+    for path in map(run.start.joinpath, settings.report):
+        if path.suffix.lower() not in SUFFIXES:
+            raise UsageError(
+                f"{settings.origin('report')}: {path.name} is not a .json file, nor .md or .html"
+            )
+        _refuse_folder(path, settings.origin("report"))
+    if settings.pr_comment:
+        _refuse_folder(run.start / settings.pr_comment, settings.origin("pr_comment"))
+
+
+def _refuse_folder(path: Path, origin: str) -> None:
     if path.is_dir():
-        raise UsageError(f"{run.settings.origin('report')}: {path} is a folder")
+        raise UsageError(f"{origin}: {path} is a folder")
 
 
 class _as_usage_error:  # noqa: N801  (reads as a phrase at its uses)
@@ -433,27 +476,31 @@ class _Collected:
         if _PLAN in self.config.stash and not self.config.getoption("collectonly"):
             self.results += self.config.stash[_PLAN].not_run(self.results)
         self.results.sort(key=run.planned_order)
-        if run.settings.report is not None and (self.results or run.settings.adapter):
-            self._write(session, run, int(exitstatus))
+        for write in self._writers(run, int(exitstatus)):
+            try:
+                write()
+            except LoraError as error:
+                # Raising here would be an internal error with a traceback; not saying it, a lie.
+                session.exitstatus = pytest.ExitCode.USAGE_ERROR
+                self._say(f"ERROR: {error}")
 
-    def _write(self, session: pytest.Session, run: Run, exitstatus: int) -> None:
-        from pytest_lora.report.json_report import build_report, write_report
-        from pytest_lora.run import versions
+    def _writers(self, run: Run, exitstatus: int) -> Iterable[Callable[[], None]]:
+        """What there is to write, each file on its own: one that fails must not cost the others."""
+        settings, summary = run.settings, os.environ.get("GITHUB_STEP_SUMMARY")
+        wanted = bool(settings.report or settings.pr_comment)
+        if not (self.results and (wanted or summary)) and not (settings.adapter and wanted):
+            return
+        from pytest_lora.provenance import environment_of
+        from pytest_lora.report.github import append_summary, write_comment
+        from pytest_lora.report.output import write_results
 
-        environment: dict[str, Json] = {
-            "versions": versions(),
-            "platform": platform.platform(),
-            "adapters": self.about,
-            "exit_status": exitstatus,
-        }
-        try:
-            write_report(
-                run.start / str(run.settings.report), build_report(self.results, environment)
-            )
-        except LoraError as error:
-            # Raising here would be an internal error with a traceback; not saying it, a lie.
-            session.exitstatus = pytest.ExitCode.USAGE_ERROR
-            self._say(f"ERROR: {error}")
+        given = self.results, environment_of(run, self.about, exitstatus)
+        for path in settings.report:
+            yield partial(write_results, run.start / path, *given)
+        if settings.pr_comment:
+            yield partial(write_comment, run.start / settings.pr_comment, *given)
+        if self.results and summary:
+            yield partial(append_summary, Path(summary), *given)
 
     def _say(self, text: str) -> None:
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
@@ -461,7 +508,10 @@ class _Collected:
             reporter.write_line(text, red=True)
 
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
-        if not self.results or config.getoption("no_summary", False):
+        if not self.results:
+            return
+        self._annotate(terminalreporter)
+        if config.getoption("no_summary", False):
             return
         from pytest_lora.report.terminal import summary_lines
 
@@ -475,3 +525,15 @@ class _Collected:
         width = terminalreporter._tw.fullwidth
         for line, colour in summary_lines(shown, self.about, width=width, detail=verbosity > 0):
             terminalreporter.write_line(line, **({colour: True} if colour else {}))
+
+    def _annotate(self, terminalreporter: Any) -> None:
+        """On GitHub only: lines that its runner takes for remarks at lines of files."""
+        if os.environ.get("GITHUB_ACTIONS") != "true":
+            return
+        from pytest_lora.annotations import annotations_of
+        from pytest_lora.report.github import workflow_command
+
+        root = Path(os.environ.get("GITHUB_WORKSPACE") or os.curdir).resolve()
+        terminalreporter.ensure_newline()
+        for annotation in annotations_of(self.config.stash[RUN], self.results, root):
+            terminalreporter.write_line(workflow_command(annotation))

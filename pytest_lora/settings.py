@@ -245,8 +245,23 @@ class Settings:
         metavar="FILE",
         path=True,
     )
-    report: str | None = _setting(
-        None, _text, "write the results as JSON to this file", metavar="FILE.json", path=True
+    report: tuple[str, ...] = _setting(
+        (),
+        _texts,
+        "write the results to this file, in the format its suffix names: .json, .md or .html; may "
+        "be repeated",
+        metavar="FILE",
+        many=True,
+        ini="linelist",
+        path=True,
+    )
+    pr_comment: str | None = _setting(
+        None,
+        _text,
+        "write the verdicts to this file as a comment for a pull request, in Markdown and within "
+        "GitHub's limit",
+        metavar="FILE.md",
+        path=True,
     )
     strict: bool = _setting(
         False, _flag, "a check of the suite that skips is a failure", flag=True, ini="bool"

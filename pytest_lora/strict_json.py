@@ -7,13 +7,14 @@ deeply nested document raises ``RecursionError``.  Here all of them are :class:`
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["MAX_JSON_BYTES", "JsonError", "parse_object", "read_object"]
+__all__ = ["MAX_JSON_BYTES", "JsonError", "key_lines", "parse_object", "read_object"]
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 """Largest JSON file read: the biggest adapter configurations known are some hundred kilobytes."""
@@ -75,6 +76,40 @@ def read_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not raw.strip():
         raise JsonError("empty")
     return parse_object(raw)
+
+
+_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]|\n', re.DOTALL)
+
+
+def key_lines(text: str) -> dict[str, int]:
+    """The line, counted from 1, of each key of the outermost object in a JSON document.
+
+    For pointing at a key; text that is no JSON gives whatever lines can be told.
+    """
+    found: dict[str, int] = {}
+    line, depth, last = 1, 0, ("", 1)
+    for match in _TOKENS.finditer(text):
+        token = match[0]
+        if token == "\n":
+            line += 1
+        elif token in "{[":
+            depth += 1
+        elif token in "}]":
+            depth -= 1
+        elif token == ":":
+            if depth == 1:
+                found.setdefault(*last)
+        else:
+            last = (_text(token), line)
+            line += token.count("\n")
+    return found
+
+
+def _text(token: str) -> str:
+    try:
+        return str(json.loads(token, strict=False))
+    except ValueError:
+        return token[1:-1]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ was written into them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,8 +260,10 @@ class BaseModel:
         finally:
             current.restore()
 
-    def reload(self) -> None:
+    def reload(self, dtype: torch.dtype | None = None) -> None:
         """Drop the weights and read them again from :attr:`source`; :attr:`module` is a new object.
+
+        ``dtype``: read them in this one; another call without it gives back the first.
 
         Raises:
             CannotRun: the module was supplied by the caller.
@@ -268,8 +271,9 @@ class BaseModel:
         if self.spec is None:
             raise CannotRun("the base model was passed in, not loaded; it cannot be loaded again")
         self.release()
+        spec = self.spec if dtype is None else dataclasses.replace(self.spec, dtype=dtype)
         del self.module, self.structure  # the old weights go before the new ones come
-        self._adopt(loading.load_weights(self.spec, self._adapter))
+        self._adopt(loading.load_weights(spec, self._adapter))
         self.loads += 1
 
 

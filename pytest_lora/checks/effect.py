@@ -26,6 +26,9 @@ UNIT = "output change relative to the base model's output"
 AMPLIFIED = 2.0**12
 """Brings an effect lost in the rounding of bfloat16 (8 bits) or float16 (11 bits) to light."""
 
+_LISTED = 1000
+"""Modules whose numbers are listed in the details; a model of experts can have many more."""
+
 _FIX_ZERO = (
     "train it longer, or drop these modules from target_modules; if they were trained, the weights "
     "were lost while saving or their keys do not match"
@@ -78,8 +81,8 @@ def measure_adapter_effect(subject: Subject) -> Measurement:
     Returns:
         ``value``: root mean square of the change of the output over that of the base model's
         output; 0.0 as soon as one problem was found.  ``count``: modules looked at.  ``details``:
-        ``problems``, ``notes``, ``kinds``, and ``output_change``, the same number whatever was
-        found.
+        ``problems``, ``notes``, ``kinds``, ``delta_per_weight`` by module, and ``output_change``,
+        the same number whatever was found.
 
     Raises:
         CannotRun: the adapter cannot be attached, or the model cannot run.
@@ -109,8 +112,19 @@ def measure_adapter_effect(subject: Subject) -> Measurement:
             "notes": notes,
             "output_change": change,
             "kinds": {name: kind.report() for name, kind in kinds.items()},
+            "delta_per_weight": _by_module(kinds),
         },
     )
+
+
+def _by_module(kinds: Mapping[str, _Kind]) -> dict[str, Json]:
+    """``||delta|| / ||weights||`` of each module, in three digits: for looking at, not judging."""
+    deltas = [delta for kind in kinds.values() for delta in kind.deltas]
+    return {
+        delta.name: float(f"{delta.norm / delta.weight:.3g}")
+        for delta in deltas[:_LISTED]
+        if delta.norm is not None and delta.weight
+    }
 
 
 def relative_change(changed: torch.Tensor, plain: torch.Tensor) -> float:

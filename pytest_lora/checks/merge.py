@@ -59,6 +59,8 @@ _NOTABLE = 0.1
 
 _LISTED = 20
 """Layers and problems listed in the details, worst first."""
+_MAPPED = 1000
+"""Layers whose rounding error alone is listed, worst first; experts can be many more."""
 
 
 @dataclass(slots=True)
@@ -479,6 +481,7 @@ def _equivalence(verdicts: list[_Verdict], whole: dict[str, Json], notes: list[s
             "notes": notes,
             "model": whole,
             "layers": [item.to_dict() for item in verdicts[:_LISTED]],
+            "ulps": {item.name: float(f"{item.weight.ulps:.3g}") for item in judged[:_MAPPED]},
             "elements": sum(item.weight.elements for item in verdicts),
             "evaluated": sum(item.weight.evaluated for item in verdicts),
         },

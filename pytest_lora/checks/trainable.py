@@ -93,8 +93,12 @@ def _switch(table: _Table, model: Any) -> None:
         table.expect("after set_adapter to the second", model, SECOND)
         model.set_adapter(ADAPTER_NAME)
         table.expect("after set_adapter back to the first", model, ADAPTER_NAME)
-        model.delete_adapter(SECOND)
-        table.expect("after delete_adapter of the second", model, ADAPTER_NAME)
+        try:
+            model.delete_adapter(SECOND)
+        except REFUSALS as error:
+            table.note(f"not deleted, as PEFT cannot: {one_line(error)}")
+        else:
+            table.expect("after delete_adapter of the second", model, ADAPTER_NAME)
         if "inference_mode" in inspect.signature(model.set_adapter).parameters:
             model.set_adapter(ADAPTER_NAME, inference_mode=True)
             table.expect("after set_adapter(inference_mode=True)", model)

@@ -20,7 +20,7 @@ import torch
 
 from pytest_lora.numerics.rounding import gamma, precision, smallest, unit
 
-__all__ = ["LinearLengths", "linear_distance"]
+__all__ = ["LinearLengths", "linear_bound", "linear_distance"]
 
 _SLACK = 1.01
 """Covers products of several (1 + u) and lengths that were themselves computed in float32."""
@@ -54,11 +54,16 @@ def linear_distance(
 
     ``x`` is (n, k), exactly as the layer got it; the outputs are (n, d).
     """
-    bound = _merged_error(x, lengths) + _unmerged_error(x, lengths)
+    bound = linear_bound(x, lengths)
     gap = (merged.double() - unmerged.double()).abs()
     gap = torch.where(merged == unmerged, 0.0, gap)  # equal infinities agree
     ratio = torch.where(gap == 0, 0.0, gap / bound)
     return float(ratio.nan_to_num(torch.inf, torch.inf).max()) if ratio.numel() else 0.0
+
+
+def linear_bound(x: torch.Tensor, lengths: LinearLengths) -> torch.Tensor:
+    """The bound itself, (n, d) in float64; either output is also that close to the exact one."""
+    return _merged_error(x, lengths) + _unmerged_error(x, lengths)
 
 
 def _row_lengths(x: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,8 +10,17 @@ from typing import Any
 
 from pytest_lora.errors import UsageError
 from pytest_lora.records import CheckResult, Json
+from pytest_lora.report.files import write_whole
 
-__all__ = ["SCHEMA_ID", "build_report", "read_report", "report_schema", "write_report"]
+__all__ = [
+    "SCHEMA_ID",
+    "build_report",
+    "json_text",
+    "load_report",
+    "read_report",
+    "report_schema",
+    "write_report",
+]
 
 SCHEMA_ID = "pytest-lora/report/1"
 
@@ -29,43 +36,29 @@ def build_report(
     }
 
 
+def json_text(report: Mapping[str, Json]) -> str:
+    """The file's text: the same report is always the same text, so that diffs are small."""
+    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_report(path: Path, report: Mapping[str, Json]) -> None:
-    """Write ``report`` in one step: readers see the old file or the whole new one.
-
-    Raises:
-        UsageError: the file cannot be written (folder missing, no permission, no space left).
-    """
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # A name that is no valid Unicode (an undecodable path) becomes a JSON escape.
-    data = text.encode("utf-8", errors="backslashreplace")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot write the report: {error.strerror or error}") from None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".lora-report-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write ``report`` in one step; raises UsageError where that cannot be done."""
+    write_whole(path, json_text(report))
 
 
 def read_report(path: Path) -> Sequence[CheckResult]:
     """The results of a report file; raises UsageError for anything that is not one."""
+    return load_report(path)[1]
+
+
+def load_report(path: Path) -> tuple[Mapping[str, Any], Sequence[CheckResult]]:
+    """Environment and results of a report file; raises UsageError for what is not one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA_ID:
             raise UsageError(f"{path}: found schema {data['schema']!r}, expected {SCHEMA_ID!r}")
-        return [CheckResult.from_dict(item) for item in data["results"]]
+        environment = data.get("environment", {})
+        return dict(environment), [CheckResult.from_dict(item) for item in data["results"]]
     except OSError as error:
         raise UsageError(f"{path}: cannot read the report: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -77,9 +70,3 @@ def report_schema() -> dict[str, Any]:
     text = (resources.files("pytest_lora.report") / "report.schema.json").read_text("utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -115,9 +115,15 @@ def _advice(rows: Iterable[CheckResult], width: int) -> Iterator[tuple[str, str 
 
 def _wrap(text: str, width: int, lead: str = "", after: str = "") -> list[str]:
     # An option or a path that is cut at a hyphen cannot be copied from the screen.
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text, width, initial_indent=lead, subsequent_indent=after, break_on_hyphens=False
     )
+    return [_not_a_command(line) for line in lines]
+
+
+def _not_a_command(line: str) -> str:
+    """GitHub obeys lines that begin with ``::``, indented or not; text of an adapter may not."""
+    return line.replace("::", ". ", 1) if line.lstrip().startswith("::") else line
 
 
 def _wrapped(

@@ -7,7 +7,16 @@ import math
 from pytest_lora.catalog import CHECKS, find_check
 from pytest_lora.records import Bound, CheckResult, Measurement, Outcome
 
-__all__ = ["allowed", "check_list", "clean", "explain", "measured", "number"]
+__all__ = [
+    "allowed",
+    "check_list",
+    "clean",
+    "explain",
+    "measured",
+    "movable",
+    "number",
+    "spellings",
+]
 
 _MOST_PROBLEMS = 10
 _VERBS = {
@@ -24,7 +33,8 @@ def clean(text: str) -> str:
 
     Names of tensors and folders are the adapter author's to choose, escape sequences included.
     """
-    line = " ".join(text.split())
+    # GitHub obeys "##[" wherever a line has it.
+    line = " ".join(text.split()).replace("##[", "# #[")
     if line.isprintable():
         return line
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
@@ -83,8 +93,8 @@ def explain(result: CheckResult) -> str:
         lines.append(f"  allowed: {allowed(result.bound)}")
     if result.advice:
         lines.append(f"  what to do: {clean(result.advice)}")
-    if result.outcome is Outcome.FAILED and _movable(result.check):
-        lines.append(f"  to move the bound: {_spellings(result.check)}")
+    if result.outcome is Outcome.FAILED and movable(result.check):
+        lines.append(f"  to move the bound: {spellings(result.check)}")
     return "\n".join(lines)
 
 
@@ -105,14 +115,16 @@ def _evidence(measurement: Measurement) -> list[str]:
     return lines + [f"  note: {clean(note)}" for note in measurement.notes]
 
 
-def _movable(check: str) -> bool:
+def movable(check: str) -> bool:
+    """Whether the check is ours and has a bound that the user may move."""
     try:
         return bool(find_check(check).limit)
     except KeyError:
         return False
 
 
-def _spellings(check: str) -> str:
+def spellings(check: str) -> str:
+    """The places a bound can be set in, as the user would write them."""
     option = "--lora-" + check.replace("_", "-")
     return f"{option}=LIMIT, ini lora_{check}, or @pytest.mark.lora_bounds({check}=LIMIT)"
 
@@ -125,6 +137,6 @@ def check_list() -> str:
         lines.append(f"{spec.id:<{width}}  {spec.question}")
         facts = f"needs {spec.need.label}; {spec.cost}"
         if spec.limit:
-            facts += f"; bound to move: {_spellings(spec.id)}"
+            facts += f"; bound to move: {spellings(spec.id)}"
         lines.append(f"{'':<{width}}  {facts}")
     return "\n".join(lines)

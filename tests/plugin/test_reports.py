@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -251,6 +252,45 @@ def test_workers_give_the_same_report(project: pytest.Pytester, distribution: st
     assert [item["check"] for item in alone["results"]] == [
         item["check"] for item in many["results"]
     ]
+
+
+def test_one_run_writes_several_reports(project: pytest.Pytester) -> None:
+    words = [f"--lora-report=out/r{suffix}" for suffix in (".json", ".md", ".HTML")]
+    result = run(project, "--lora-adapter=bad", "--lora-adapter=good", *words)
+    assert result.ret == 1
+    report = read(project.path / "out" / "r.json")
+    markdown = (project.path / "out" / "r.md").read_text("utf-8")
+    page = (project.path / "out" / "r.HTML").read_text("utf-8")
+    assert markdown.startswith("### LoRA: 1 of 2 adapters failed, 1 passed")
+    assert "<h1>LoRA: 1 of 2 adapters failed, 1 passed</h1>" in page
+    for item in report["results"]:
+        assert item["check"] in page
+        assert item["check"].replace("_", "\\_") in markdown
+
+
+def test_reports_can_be_set_in_an_ini_file(project: pytest.Pytester) -> None:
+    project.makeini("[pytest]\nlora_report =\n    r.json\n    r.html\n")
+    run(project, "--lora-adapter=good")
+    assert (project.path / "r.json").exists()
+    assert (project.path / "r.html").exists()
+
+
+def test_a_report_says_how_to_make_it_again(project: pytest.Pytester) -> None:
+    (project.path / "lora.toml").write_text('[adapters."good"]\nscaling = 0.5\n')
+    words = ("--lora-adapter=good", "--lora-profile=lora.toml", "--lora-report=r.json")
+    run(project, *words)
+    environment = read(project.path / "r.json")["environment"]
+    assert environment["command"] == (
+        "python -m pytest -m lora --lora-adapter=good --lora-checks=files --lora-profile=lora.toml"
+    )
+    settings = environment["settings"]["good"]
+    assert settings["scaling"]["value"] == 0.5
+    assert settings["scaling"]["origin"].startswith("scaling in ")
+    assert "report" not in settings
+    weights = (project.path / "good" / "adapter_model.safetensors").read_bytes()
+    assert environment["digests"]["good"]["adapter_model.safetensors"] == (
+        f"sha256:{hashlib.sha256(weights).hexdigest()}"
+    )
 
 
 def test_workers_that_stop_early_leave_a_whole_report(project: pytest.Pytester) -> None:

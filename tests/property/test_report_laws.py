@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, Problem
+from pytest_lora.report.html import html_report
 from pytest_lora.report.json_report import build_report, read_report, report_schema, write_report
+from pytest_lora.report.markdown import escape, markdown_report
 from pytest_lora.report.terminal import summary_lines
 from pytest_lora.report.text import clean, explain
 
@@ -87,3 +91,128 @@ def test_every_report_fits_the_schema_and_keeps_its_order(rows: list[CheckResult
         back = read_report(path)
         assert [repr(row) for row in back] == [repr(row) for row in rows]
         assert os.listdir(path.parent) == ["report.json"]
+
+
+# What the report itself is made of.  Anything else in a page came from data.
+OURS = frozenset(
+    [
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "a",
+        "header",
+        "div",
+        "h1",
+        "h2",
+        "h3",
+        "p",
+        "span",
+        "main",
+        "section",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "details",
+        "summary",
+        "ul",
+        "li",
+        "pre",
+        "code",
+        "figure",
+        "figcaption",
+        "svg",
+        "desc",
+        "line",
+        "text",
+        "polyline",
+        "rect",
+        "circle",
+    ]
+)
+hostile = st.sampled_from(
+    [
+        "</title><b>",
+        "<script>",
+        "</style><i>",
+        "'\"><img src=//x>",
+        "--><x>",
+        "&lt;",
+        "]]>",
+        "\x00<u>",
+    ]
+)
+bits = hostile | st.text(max_size=12)
+numbers = st.floats() | st.sampled_from(["nan", "inf", 3])
+modules = st.builds("m.{}.{}".format, st.integers(0, 99), bits)
+details = st.dictionaries(
+    bits,
+    st.dictionaries(modules, numbers | bits, max_size=4)
+    | st.lists(st.fixed_dictionaries({"step": numbers, "rms": numbers}), max_size=4)
+    | st.lists(st.dictionaries(bits, bits, max_size=2), max_size=2)
+    | bits,
+    max_size=3,
+)
+detailed = st.builds(Measurement, value=st.floats(), unit=bits, count=st.just(1), details=details)
+rich = st.builds(
+    CheckResult,
+    check=bits,
+    adapter=bits,
+    outcome=st.sampled_from(Outcome),
+    reason=bits,
+    advice=bits,
+    measurement=st.none() | detailed,
+)
+
+
+class Balanced(HTMLParser):
+    """Fails for an element that is not ours, or is not closed in its turn."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.stack
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in OURS
+        assert not [key for key, _ in attrs if key.startswith("on") or key == "src"]
+        if tag != "meta":
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError(f"a comment out of nowhere: {data}")
+
+
+@given(st.lists(rich, max_size=2), bits)
+def test_no_data_is_markup_in_html(rows: list[CheckResult], text: str) -> None:
+    environment = {**ENVIRONMENT, "command": text, "settings": {text: {text: {"value": text}}}}
+    environment["digests"] = {text: {text: text}}
+    page = html_report(rows, environment)
+    page.encode("utf-8")
+    assert not [char for char in page if not char.isprintable() and char != "\n"]
+    Balanced(page)
+
+
+@given(st.text() | hostile | texts)
+def test_no_data_is_markup_in_markdown(text: str) -> None:
+    shown = escape(text)
+    assert "\n" not in shown
+    assert not re.search(r"(?<!\\)(\\\\)*[`*_{}\[\]()|~$!<>]", shown)
+    assert not re.search(r"&(?!amp;|lt;|gt;)", shown)
+    assert not re.search(r"[@#]\w|://", shown)
+
+
+@given(st.lists(rich, max_size=4), st.integers(0, 3000))
+def test_markdown_is_never_longer_than_allowed(rows: list[CheckResult], limit: int) -> None:
+    assert len(markdown_report(rows, ENVIRONMENT, limit=limit).encode()) <= limit

@@ -26,7 +26,12 @@ from pytest_lora.settings import option_name, table
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("fixtures/*.md")])
 IDS = [spec.id for spec in CHECKS]
-OPTIONS = {option_name(name) for name, _ in table()} | {"--lora-list-checks", "--lora-init"}
+OPTIONS = {option_name(name) for name, _ in table()} | {
+    "--lora-list-checks",
+    "--lora-init",
+    "--lora-contract",
+    "--lora-contract-depth",
+}
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.S | re.M
 )

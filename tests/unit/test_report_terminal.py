@@ -115,3 +115,12 @@ def test_a_hostile_name_cannot_move_the_cursor_or_widen_the_table() -> None:
 
 def test_no_results_no_lines() -> None:
     assert lines([]) == []
+
+
+def test_no_line_is_a_command_to_githubs_runner() -> None:
+    """It obeys lines that begin with ``::``, indented or not, and ``##[`` anywhere."""
+    words = " ".join(["::add-mask::x", "##[error]y"] * 40)
+    row = CheckResult("c", "a", Outcome.FAILED, reason=words, advice=words)
+    text = lines([row], detail=True)
+    assert len(text) > 20
+    assert not [line for line in text if line.lstrip().startswith("::") or "##[" in line]

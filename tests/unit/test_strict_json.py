@@ -76,3 +76,12 @@ def test_an_unreadable_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(JsonError, match=r"unreadable \(Permission denied\)"):
         read_object(path)
+
+
+def test_every_outer_key_is_found_on_its_line() -> None:
+    from pytest_lora.strict_json import key_lines
+
+    text = '{\n "a": {"r": 1,\n  "b": ["c", {"d": 2}]},\n "e\\u0301": "x: {",\n\n "r": 8, "s": 1}'
+    assert key_lines(text) == {"a": 2, "e\u0301": 4, "r": 6, "s": 6}
+    assert key_lines("") == {}
+    assert key_lines('{"a\\q": 1,\n"b"') == {"a\\q": 1}

@@ -406,6 +406,19 @@ def test_a_live_model_has_to_be_one() -> None:
         Subject.from_model(model)
 
 
+def test_what_a_layer_holds_beside_the_wrapped_module_goes_with_it() -> None:
+    """DoRA's magnitudes are a module of PEFT that wraps nothing, inside one that does."""
+    model = tiny.llama()
+    names = [name for name, _ in model.named_modules()]
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
+    adapted = tiny.wrap(model, config)
+    subject = Subject.from_model(adapted)
+    assert [name for name, _ in subject.base.module.named_modules()] != names  # as it was lent
+    with subject.base.bare() as bare:
+        assert [name for name, _ in bare.named_modules()] == names
+    subject.release()
+
+
 def test_a_layer_that_wraps_nothing_cannot_be_taken_off() -> None:
     from peft.tuners.lora.layer import LoraLayer
 

@@ -1,0 +1,1 @@
+"""Laws that code for LoRA keeps, held against it by Hypothesis (docs/contract.md)."""

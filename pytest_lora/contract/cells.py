@@ -1,0 +1,305 @@
+"""One method and one law: the property test of it, and what came of it.
+
+for cell in contract_cells(MyLora):
+    print(try_cell(cell, examples=20))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+
+from pytest_lora.contract.dialects import Case, Dialect, OwnClass, Peft, load_implementation
+from pytest_lora.contract.experiment import Experiment
+from pytest_lora.contract.known import Known, known_deviations
+from pytest_lora.contract.laws import LAWS
+from pytest_lora.contract.machine import LAW, machine_for
+from pytest_lora.contract.methods import discover
+from pytest_lora.contract.trial import ContractBroken
+from pytest_lora.errors import CannotRun, NotApplicable, UsageError
+from pytest_lora.loading import one_line, quiet
+from pytest_lora.strategies import alphas, seeds
+
+__all__ = ["Cell", "Result", "Verdict", "assert_contract", "contract_cells", "law_ids", "try_cell"]
+
+_STEPS = 12
+"""Operations in a sequence: enough for every pair of them, and for most threes."""
+
+_SIZES = (16, 24, 32)
+"""What the block sizes of PEFT's other methods divide."""
+
+
+class Result(StrEnum):
+    """What came of a law."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    NOT_APPLICABLE = "n/a"
+    KNOWN = "known"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of one cell.
+
+    Attributes:
+        method, law: the cell.
+        result: what came of it.
+        reason: why it does not apply, or what was found.
+        known: known deviations that showed.
+        missed: those that did not.
+    """
+
+    method: str
+    law: str
+    result: Result
+    reason: str = ""
+    known: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain texts, to travel between processes."""
+        return {**asdict(self), "result": self.result.value}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        """The inverse of :meth:`to_dict`."""
+        lists = {name: tuple(data[name]) for name in ("known", "missed")}
+        return cls(**{**data, **lists, "result": Result(data["result"])})
+
+
+@dataclass
+class Cell:
+    """A method and a law, and what was seen while trying.
+
+    Attributes:
+        dialect: of the method.
+        law: id of the law.
+        decided: examples in which the law was decided.
+    """
+
+    dialect: Dialect
+    law: str
+    decided: int = 0
+    reasons: list[str] = field(default_factory=list)
+    seen: set[Known] = field(default_factory=set)
+
+    @property
+    def method(self) -> str:
+        """Name of what is tried."""
+        return self.dialect.name
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it is worth many examples: LoRA itself, or one's own class."""
+        return not isinstance(self.dialect, Peft) or self.method == "LORA"
+
+    def function(self, chosen: settings) -> Callable[[], None]:
+        """The property test, a function without arguments that pytest and others can call."""
+        options = settings(
+            parent=chosen,
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        )
+        cases = _cases(self.dialect, self.law)
+        if self.law == LAW:
+            steps = settings(parent=options, stateful_step_count=_STEPS)
+            return lambda: self._run_machine(cases, steps)
+
+        def test(case: Case) -> None:
+            self._once(lambda: LAWS[self.law].hold(Experiment(self.law, self.dialect, case)))
+
+        test.__name__ = test.__qualname__ = re.sub(r"\W", "_", f"{self.law}_{self.method}")
+        # The name is part of the key under which Hypothesis keeps examples.
+        wrapped: Callable[[], None] = options(given(case=cases)(test))
+        return wrapped
+
+    def _once(self, attempt: Callable[[], None]) -> None:
+        try:
+            with quiet():
+                attempt()
+            self.decided += 1
+        except NotApplicable as reason:
+            self.reasons.append(str(reason))
+        except CannotRun as reason:
+            self.reasons.append(f"cannot run: {reason}")
+        except ContractBroken as broken:
+            if not self._excuse(broken):
+                raise
+
+    def _run_machine(self, cases: st.SearchStrategy[Case], options: settings) -> None:
+        try:
+            with quiet():
+                Experiment(LAW, self.dialect, Case(network=_networks(self.dialect, ())[0])).attach()
+        except NotApplicable as reason:
+            self.reasons.append(str(reason))
+            return
+        machine = machine_for(self.dialect, cases, self._excuse)
+        run_state_machine_as_test(machine, settings=options)
+        self.decided += 1
+
+    def _excuse(self, broken: ContractBroken) -> bool:
+        """Whether a failure is a known deviation; it is noted then."""
+        known = next((item for item in self._expected() if item.explains(broken.found)), None)
+        if known is not None:
+            self.seen.add(known)
+        return known is not None
+
+    def _expected(self) -> Iterator[Known]:
+        if isinstance(self.dialect, Peft):
+            import peft
+
+            for item in known_deviations():
+                if item.concerns(self.law, self.method, peft.__version__):
+                    yield item
+
+    def verdict(self, failure: Exception | None = None) -> Verdict:
+        """What came of it, after the function ran, or raised ``failure``."""
+        if failure is not None:
+            text = failure.found if isinstance(failure, ContractBroken) else one_line(failure)
+            return Verdict(self.method, self.law, Result.FAIL, text)
+        if not self.decided and not self.seen:
+            reason = self.reasons[0] if self.reasons else "it is not tried on this network"
+            return Verdict(self.method, self.law, Result.NOT_APPLICABLE, reason)
+        known = tuple(sorted(str(item) for item in self.seen))
+        missed = tuple(str(item) for item in self._expected() if item not in self.seen)
+        result = Result.KNOWN if known else Result.PASS
+        return Verdict(self.method, self.law, result, known=known, missed=missed)
+
+
+def law_ids() -> list[str]:
+    """All laws, in order."""
+    return [*LAWS, LAW]
+
+
+def contract_cells(implementation: str | type | None = None) -> list[Cell]:
+    """The cells of the installed PEFT, or of a class (itself, or ``package.module:Class``).
+
+    Raises:
+        UsageError: there is no such class, or it lacks ``attach`` or ``factors``.
+    """
+    dialects: Iterable[Dialect]
+    if implementation is None:
+        dialects = [Peft(method) for method in discover()]
+    elif isinstance(implementation, str):
+        dialects = [load_implementation(implementation)]
+    else:
+        place = f"{implementation.__module__}:{implementation.__qualname__}"
+        dialects = [OwnClass(place, implementation)]
+    return [
+        Cell(dialect, law) for dialect in dialects for law in law_ids() if _networks(dialect, law)
+    ]
+
+
+def try_cell(cell: Cell, *, examples: int = 20, shrink: bool = True) -> Verdict:
+    """Run one cell outside any test runner, on the same examples every time.
+
+    Without ``shrink`` a failure is not made minimal.
+    """
+    phases = [phase for phase in Phase if shrink or phase is Phase.generate]
+    chosen = settings(max_examples=examples, derandomize=True, database=None, phases=phases)
+    try:
+        cell.function(chosen)()
+    except Exception as failure:
+        return cell.verdict(failure)
+    return cell.verdict()
+
+
+def assert_contract(
+    implementation: str | type, *, laws: Iterable[str] | None = None, examples: int = 50
+) -> list[Verdict]:
+    """Hold a class against the contract; returns a verdict for each law.
+
+    Args:
+        implementation: the class, or ``package.module:Class``; docs/contract.md says what it
+            needs.
+        laws: ids of laws; all of them if None.
+        examples: how many to try of each.
+
+    Raises:
+        ContractBroken: the first law that does not hold, with a minimal script.
+        UsageError: no such class or law.
+    """
+    wanted = list(laws) if laws is not None else law_ids()
+    unknown = sorted(set(wanted) - set(law_ids()))
+    if unknown:
+        raise UsageError(f"no law {unknown[0]!r}; the laws are {', '.join(law_ids())}")
+    verdicts = []
+    for cell in contract_cells(implementation):
+        if cell.law in wanted:
+            cell.function(settings(max_examples=examples, database=None))()
+            verdicts.append(cell.verdict())
+    return verdicts
+
+
+# ------------------------------------------------------------------------------ what is drawn
+
+
+def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
+    """The networks the dialect is tried on under a law (an id, or the networks it asks for)."""
+    asked = (LAWS[law].networks if law in LAWS else ()) if isinstance(law, str) else law
+    if isinstance(dialect, OwnClass):
+        return tuple(name for name in asked or ("linear",) if name in ("linear", "tied"))
+    if isinstance(dialect, Peft):
+        own = dialect.method.network
+        if own != "linear":
+            return (own,) if not asked or own in asked else ()
+        if not dialect.method.accepts("target_parameters"):
+            asked = tuple(name for name in asked if name != "experts")
+        if dialect.method.name != "LORA":
+            asked = tuple(name for name in asked if name not in ("grouped", "experts"))
+        if not dialect.method.is_lora:
+            usual = ("linear", "llama", "tied", "tied head")
+            return tuple(name for name in asked or ("linear",) if name in usual)
+    return asked or ("linear",)
+
+
+@st.composite
+def _cases(draw: st.DrawFn, dialect: Dialect, law: str) -> Case:
+    network = draw(st.sampled_from(_networks(dialect, law)))
+    free = _takes_any_size(dialect) and network in ("linear", "conv1d")
+    sizes = _SIZES
+    if free:
+        k = draw(st.integers(2, 12))
+        others = st.sampled_from([size for size in range(2, 13) if size != k])
+        sizes = (k, draw(others), draw(others))
+    r = draw(st.integers(1, min(4, min(sizes) // 2)) if free else st.sampled_from([2, 4]))
+    options = {}
+    if isinstance(dialect, Peft) and dialect.method.is_lora and network != "experts":
+        options["lora_dropout"] = repr(draw(st.sampled_from([0.5, 0.0])))
+    if network == "llama" and isinstance(dialect, Peft):
+        options["task_type"] = "'CAUSAL_LM'"
+    return Case(
+        network=network,
+        sizes=sizes,
+        bias=not free or draw(st.booleans()),  # some methods work on the bias
+        seed=draw(seeds()),
+        r=r,
+        alpha=draw(alphas(r)),
+        dtype=draw(st.sampled_from(_dtypes(dialect, law))),
+        dropout=draw(st.sampled_from([0.0, 0.5])) if not isinstance(dialect, Peft) else 0.0,
+        options=options,
+    )
+
+
+def _takes_any_size(dialect: Dialect) -> bool:
+    """Decompositions need enough rows and columns, orthogonal factors an even rank."""
+    if isinstance(dialect, Peft):
+        return dialect.plain and "init_lora_weights" not in dialect.method.options
+    return True
+
+
+def _dtypes(dialect: Dialect, law: str) -> list[str]:
+    half = law in LAWS and LAWS[law].half
+    if not half or not dialect.plain:
+        return ["float32"]
+    own = isinstance(dialect, OwnClass)
+    return ["float32", "float64"] if own else ["float32", "float64", "bfloat16"]

@@ -1,0 +1,153 @@
+"""The tiny networks the laws are tried on, as source code, so that a script can contain them.
+
+Adapted layers stand side by side rather than in a row: an error in one cannot be hidden, enlarged
+or rounded away by the next, and each output has a rounding bound of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["NETWORKS", "Network"]
+
+_LINEAR = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear({k}, {d})
+        self.down = torch.nn.Linear({k}, {e}, bias={bias})
+        self.norm = torch.nn.BatchNorm1d({d} + {e})
+
+    def forward(self, x):
+        return torch.cat([self.up(x), self.down(x)], -1)
+"""
+_CONV1D = """
+from transformers.pytorch_utils import Conv1D
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = Conv1D({d}, {k})
+        self.down = torch.nn.Linear({k}, {e})
+
+    def forward(self, x):
+        return torch.cat([self.up(x), self.down(x)], -1)
+"""
+_EMBEDDING = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding({k}, {d})
+        self.head = torch.nn.Linear({d}, {e})
+
+    def forward(self, x):
+        return self.head(self.table(x))
+"""
+_CONVOLUTION = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Conv2d(4, {d}, 3)
+        self.down = torch.nn.Conv2d(4, {e}, (1, 2), bias=False)
+
+    def forward(self, x):
+        return torch.cat([self.up(x).flatten(1), self.down(x).flatten(1)], -1)
+"""
+_GROUPED = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Conv2d(4, {d}, 3, groups=2)
+        self.down = torch.nn.Conv2d(4, {e}, (1, 2))
+
+    def forward(self, x):
+        return torch.cat([self.up(x).flatten(1), self.down(x).flatten(1)], -1)
+"""
+_EXPERTS = """
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
+
+    def forward(self, x):
+        return torch.bmm(x.expand(3, -1, -1), self.weight)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(x).transpose(0, 1).flatten(1)
+"""
+_TIED = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding({k}, {d})
+        self.middle = torch.nn.Linear({d}, {d})
+        self.head = torch.nn.Linear({d}, {k}, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(self.middle(self.table(x)))
+"""
+_LLAMA = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Net(LlamaForCausalLM):
+    def __init__(self):
+        super().__init__(LlamaConfig(
+            vocab_size=40, hidden_size={k}, intermediate_size={d}, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+            tie_word_embeddings=False,
+        ))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network in source code.
+
+    Attributes:
+        source: defines the class ``Net``; ``{k}``, ``{d}`` and ``{e}`` are sizes,
+            ``{bias}`` says whether its second layer has one.
+        inputs: the expression for its inputs.
+        call: how it is run on them.
+        targets: modules to adapt.
+        parameters: parameters to adapt, where layers of several experts share one.
+        linear: modules whose outputs are side by side in the network's, in this order, each
+            computing ``x W^T + b``.
+    """
+
+    source: str
+    inputs: str
+    call: str = "model(x)"
+    targets: tuple[str, ...] = ("up", "down")
+    parameters: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+
+
+NETWORKS: Mapping[str, Network] = {
+    "linear": Network(_LINEAR, "torch.randn(3, {k}, dtype={dtype})", linear=("up", "down")),
+    "conv1d": Network(_CONV1D, "torch.randn(3, {k}, dtype={dtype})", linear=("up", "down")),
+    "embedding": Network(_EMBEDDING, "torch.randint({k}, (3, 4))", targets=("table",)),
+    "convolution": Network(_CONVOLUTION, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
+    "grouped": Network(_GROUPED, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
+    "experts": Network(
+        _EXPERTS,
+        "torch.randn(4, {k}, dtype={dtype})",
+        targets=(),
+        parameters=("experts.weight",),
+    ),
+    "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
+    "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
+    "llama": Network(
+        _LLAMA,
+        "torch.randint(3, 40, (2, 9))",
+        call="model(input_ids=x).logits",
+        targets=("q_proj", "up_proj"),
+    ),
+}
