@@ -388,6 +388,7 @@ class _Asked:
         self.texts = [prompter.prompt(index) for index in chosen]
         self.ids = [prompter.prompt_ids(index) for index in chosen]
         self._markers = self._scaffolding()
+        self._special = _special_tokens(tokens)
 
     def _generator(self, model: Any, batch_size: int, temperature: float = 0.0) -> Generator:
         return Generator(
@@ -432,8 +433,7 @@ class _Asked:
         return found
 
     def _leaks(self, answer: Answer) -> bool:
-        special = set(self.tokens.tokenizer.all_special_ids) - {self.tokens.pad}
-        if special & set(answer.tokens):
+        if self._special & set(answer.tokens):
             return True
         return any(marker in answer.text for marker in self._markers)
 
@@ -476,6 +476,13 @@ class _Asked:
         ]
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < samples] + [samples]
         return {str(k): _mean([pass_at_k(samples, c, k) for c in right]) for k in ks}
+
+
+def _special_tokens(tokens: TaskTokenizer) -> frozenset[int]:
+    """Ids that are no text; without the one that fills rows up once they have stopped."""
+    added = getattr(tokens.tokenizer, "added_tokens_decoder", {})
+    marked = {token for token, entry in added.items() if getattr(entry, "special", False)}
+    return frozenset({*tokens.tokenizer.all_special_ids, *marked} - {tokens.pad})
 
 
 def _as_task(prompts: Prompts) -> Task:

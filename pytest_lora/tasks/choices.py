@@ -80,8 +80,8 @@ class ChoiceScorer:
     def likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """Log p(continuation | context) of each pair of token ids, in order.
 
-        Contexts have at least one token.  Sums are in float64 over float32 log-probabilities.
-        Requests with one context are best given side by side.
+        Contexts have at least one token.  Log-probabilities are in float32 at least,
+        sums in float64.  Requests with one context are best given side by side.
 
         Raises:
             CannotRun: the model fails, or a token id is beyond its vocabulary.
@@ -205,7 +205,8 @@ def _collect(
     """Add up the log-probabilities of what was asked."""
     begin = 0
     for row, places in zip(rows, needed, strict=True):
-        logp = logits[begin : begin + len(places)].float().log_softmax(-1)
+        block = logits[begin : begin + len(places)]
+        logp = block.to(torch.promote_types(block.dtype, torch.float32)).log_softmax(-1)
         begin += len(places)
         at = {place: index for index, place in enumerate(places)}
         for request, start, tokens in row.asked:

@@ -119,7 +119,8 @@ class Generator:
             part = slice(len(found), len(found) + self.batch_size)
             batch = rows[part]
             if len(batch) > 1 and not self._proven:
-                self._prove(batch)
+                greedy = self._prove(batch)
+                found += greedy if self.temperature == 0 else []
                 continue  # the size of a batch may be another now
             chosen = None if seeds is None else list(seeds[part])
             found += self._run(batch, chosen).answers
@@ -204,8 +205,11 @@ class Generator:
 
     # ------------------------------------------------------------------------------ proof
 
-    def _prove(self, batch: Sequence[list[int]]) -> None:
-        """Answer two rows of the batch alone; fall back to single rows if that is not the same."""
+    def _prove(self, batch: Sequence[list[int]]) -> list[Answer]:
+        """Answer two rows of the batch alone; fall back to single rows if that is not the same.
+
+        Returns the batch's greedy answers if they can be believed, else none.
+        """
         self._proven = True
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i]), i))
         together = self._run(batch)
@@ -216,16 +220,16 @@ class Generator:
             bound = _rms(noisy.first[row] - together.first[row])
             apart = _rms(alone.first[0] - together.first[row])
             if not apart <= bound:
-                self._alone(f"the first logits differ by {apart / bound if bound else apart:.3g}"
-                            " times the rounding bound")  # fmt: skip
-                return
+                times = apart / bound if bound else apart
+                return self._alone(f"the first logits differ by {times:.3g} rounding bounds")
             if not self._same_or_tied(batch[row], alone.answers[0], together.answers[row]):
-                self._alone("the tokens part where no tie explains it")
-                return
+                return self._alone("the tokens part where no tie explains it")
+        return together.answers
 
-    def _alone(self, why: str) -> None:
+    def _alone(self, why: str) -> list[Answer]:
         self.batch_size = 1
         self.notes.append(f"answered one row at a time, for batching changes answers: {why}")
+        return []
 
     def _same_or_tied(self, prompt: list[int], alone: Answer, together: Answer) -> bool:
         """Whether the two answers agree up to a place where two tokens are as good as equal."""

@@ -62,7 +62,7 @@ class TaskItem:
     correct: int | None = None
     contexts: tuple[str, ...] = ()
     solution: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.correct is not None and not 0 <= self.correct < len(self.choices):
