@@ -286,11 +286,11 @@ class Profile:
 
     path: Path
     sections: tuple[_Section, ...]
-    lines: Mapping[tuple[str, ...], int]
+    reader: _Reader
 
     @classmethod
-    def read(cls, path: Path) -> Profile:
-        """Read and validate a profile.
+    def read(cls, path: Path, *, shown: str | None = None) -> Profile:
+        """Read and validate a profile, which messages call ``shown`` (default: its path).
 
         Raises:
             UsageError: it cannot be read, is no TOML, or holds what no profile can; the message
@@ -298,9 +298,10 @@ class Profile:
         """
         from pytest_lora.toml_places import find_lines
 
-        text = _read(path)
-        data, lines = _parse_toml(path, text), find_lines(text)
-        profile = cls(path, tuple(_sections(_Reader(path, lines), data)), lines)
+        name = shown or str(path)
+        text = _read(path, name)
+        data, reader = _parse_toml(name, text), _Reader(name, find_lines(text))
+        profile = cls(path, tuple(_sections(reader, data)), reader)
         profile._validate()
         return profile
 
@@ -329,7 +330,7 @@ class Profile:
     ) -> Entry:
         for key, spec in KINDS[kind].items():
             if spec.required and key not in values:
-                raise UsageError(f"{self.path}: [{kind}.{name}] has no {key!r}: {spec.help}")
+                raise UsageError(f"{self.reader.name}: [{kind}.{name}] has no {key!r}: {spec.help}")
         for key in values.keys() & _PATHS:
             values[key] = self.path.parent / Path(values[key]).expanduser()
         return Entry(kind, name, values, origins)
@@ -351,8 +352,7 @@ class Profile:
         return str(here) if here is not None and here.exists() else value
 
     def _speller(self, section: _Section, *below: str) -> Callable[[str], str]:
-        reader = _Reader(self.path, self.lines)
-        return lambda key: reader.spell(*section.keys, *below, key)
+        return lambda key: self.reader.spell(*section.keys, *below, key)
 
     def _validate(self) -> None:
         for section in self.sections:
@@ -393,13 +393,13 @@ def _nearest(name: str, known: Mapping[str, Any]) -> str:
 class _Reader:
     """Names places of a file in messages."""
 
-    path: Path
+    name: str
     lines: Mapping[tuple[str, ...], int]
 
     def spell(self, *keys: str) -> str:
         """``cycles in lora.toml:7``."""
         line = self.lines.get(keys)
-        return f"{keys[-1]} in {self.path}" + (f":{line}" if line else "")
+        return f"{keys[-1]} in {self.name}" + (f":{line}" if line else "")
 
     def table(self, value: Any, *keys: str) -> Mapping[str, Any]:
         """``value``, which has to be a table."""
@@ -441,19 +441,19 @@ def _entries(
     return found
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the profile: {error.strerror or error}") from None
+        raise UsageError(f"{name}: cannot read the profile: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from None
+        raise UsageError(f"{name}: not a TOML file: {error}") from None
 
 
-def _parse_toml(path: Path, text: str) -> dict[str, Any]:
+def _parse_toml(name: str, text: str) -> dict[str, Any]:
     import tomllib  # only runs with a profile need it
 
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from None
+        raise UsageError(f"{name}: not a TOML file: {error}") from None

@@ -96,7 +96,10 @@ class Run:
 
         named = self.settings.profile
         path = self.start / named if named else self.root / FILE_NAME
-        return Profile.read(path) if named or path.is_file() else None
+        if not named and not path.is_file():
+            return None
+        inside = path.is_relative_to(self.start)
+        return Profile.read(path, shown=str(path.relative_to(self.start)) if inside else None)
 
     def locate(self) -> tuple[str, ...]:
         """Find every adapter the settings name; returns their names in order.

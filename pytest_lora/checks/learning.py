@@ -343,9 +343,9 @@ def _lost(task: Task, after: Sequence[ItemScore], before: Sequence[ItemScore]) -
 
 def _sentence(task: Task, score: ItemScore) -> str:
     shown = _shown(task, score)
-    said = "was wrong in an earlier run" if score.said is None else f"answered {shown['answer']!r}"
-    text = f"item {shown['id']} ({shown['prompt']!r}): {said}"
-    return f"{text}, expected {shown['expected']!r}" if shown["expected"] else text
+    said = "was wrong in an earlier run" if score.said is None else f"answered '{shown['answer']}'"
+    text = f"item {shown['id']} ('{shown['prompt']}'): {said}"
+    return f"{text}, expected '{shown['expected']}'" if shown["expected"] else text
 
 
 def _comparison(

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from adapter_maker import write_adapter
 
+from pytest_lora.catalog import CHECKS, Need
+
+NEEDY = sum(spec.need > Need.FILES for spec in CHECKS)
 FILES = "--lora-checks=files"
 NODE = "lora/test_files::test_finite_weights[adapters/good]"
 
@@ -32,7 +35,7 @@ def test_a_run_without_an_adapter_is_left_alone(project: pytest.Pytester) -> Non
 
 def test_the_suite_runs_beside_the_users_own_tests(project: pytest.Pytester) -> None:
     result = run(project, "--lora-adapter=adapters/good")
-    result.assert_outcomes(passed=5, deselected=11)
+    result.assert_outcomes(passed=5, deselected=12)
     result.stdout.fnmatch_lines(
         ["lora: 1 adapter;*", "test_mine.py .*", "lora/test_files ....*", "*LoRA adapters*"]
     )
@@ -91,9 +94,9 @@ def test_several_adapters_by_repetition_and_glob(project: pytest.Pytester) -> No
     for name in ("b", "c"):
         write_adapter(project.path / "adapters" / name)
     repeated = run(project, "--lora-adapter=adapters/good", "--lora-adapter=adapters/b")
-    repeated.assert_outcomes(passed=9, deselected=22)
+    repeated.assert_outcomes(passed=9, deselected=24)
     globbed = run(project, "--lora-adapter=adapters/*")
-    globbed.assert_outcomes(passed=13, deselected=33)
+    globbed.assert_outcomes(passed=13, deselected=36)
 
 
 def test_cheap_checks_run_first_over_all_adapters(project: pytest.Pytester) -> None:
@@ -156,7 +159,7 @@ def test_from_a_subdirectory(project: pytest.Pytester, monkeypatch: pytest.Monke
     )
     monkeypatch.chdir(below)
     result = run(project, "-s", "--lora-adapter=../adapters/good")
-    result.assert_outcomes(passed=4, deselected=11)
+    result.assert_outcomes(passed=4, deselected=12)
     result.stdout.fnmatch_lines(["*project settings*"])
 
 
@@ -172,14 +175,14 @@ def test_the_project_may_override_a_fixture(project: pytest.Pytester) -> None:
         """
     )
     result = run(project, "--lora-adapter=adapters/good")
-    result.assert_outcomes(passed=3, failed=1, skipped=1, deselected=11)
+    result.assert_outcomes(passed=3, failed=1, skipped=1, deselected=12)
     result.stdout.fnmatch_lines(["*config_matches_weights FAILED for adapters/good*"])
 
 
 def test_the_suite_may_be_imported(project: pytest.Pytester) -> None:
     project.makepyfile(test_ours="from pytest_lora.suite.test_files import *")
     result = run(project, "--lora-adapter=adapters/good", "test_ours.py", "-m", "not lora")
-    result.assert_outcomes(passed=4, deselected=15)
+    result.assert_outcomes(passed=4, deselected=16)
 
 
 def test_a_marker_names_the_adapter_of_a_test(project: pytest.Pytester) -> None:
@@ -216,7 +219,7 @@ def test_list_checks(project: pytest.Pytester) -> None:
 def test_ini_key_stands_for_the_option(project: pytest.Pytester) -> None:
     project.makeini("[pytest]\nlora_adapter = adapters/good\nlora_checks = files\n")
     result = project.runpytest_inprocess("-p", "no:randomly")
-    result.assert_outcomes(passed=5, deselected=11)
+    result.assert_outcomes(passed=5, deselected=12)
 
 
 def test_ini_paths_are_relative_to_the_ini_file(
@@ -227,7 +230,7 @@ def test_ini_paths_are_relative_to_the_ini_file(
     below.mkdir()
     monkeypatch.chdir(below)
     result = project.runpytest_inprocess("-p", "no:randomly")
-    result.assert_outcomes(passed=4, deselected=11)
+    result.assert_outcomes(passed=4, deselected=12)
 
 
 def test_a_profile_sets_what_differs_between_adapters(project: pytest.Pytester) -> None:
@@ -236,7 +239,7 @@ def test_a_profile_sets_what_differs_between_adapters(project: pytest.Pytester) 
         '[defaults]\nscaling = 4.0\n[adapters."*other"]\nscaling = 2.0\n'
     )
     result = run(project, "--lora-adapter=adapters/*", "--lora-profile=lora.toml", "-m", "lora")
-    result.assert_outcomes(passed=8, deselected=23)
+    result.assert_outcomes(passed=8, deselected=25)
 
 
 @pytest.mark.parametrize(
@@ -266,16 +269,16 @@ def test_missing_libraries_stop_the_run(
     result = project.runpytest_inprocess("--lora-adapter=adapters/good")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(
-        ["ERROR: 11 of the selected checks need torch, peft*[[]model]*files*"]
+        [f"ERROR: {NEEDY} of the selected checks need torch, peft*[[]model]*files*"]
     )
     limited = run(project, "--lora-adapter=adapters/good")
-    limited.assert_outcomes(passed=5, deselected=11)
+    limited.assert_outcomes(passed=5, deselected=12)
 
 
 def test_the_adapters_folder_is_never_collected(project: pytest.Pytester) -> None:
     (project.path / "adapters" / "good" / "test_theirs.py").write_text("raise SystemExit(9)")
     result = run(project, "--lora-adapter=adapters/good", "-k", "mine")
-    result.assert_outcomes(passed=1, deselected=15)
+    result.assert_outcomes(passed=1, deselected=16)
 
 
 def test_an_empty_plan_is_not_a_pass(project: pytest.Pytester, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_data_that_is_not_there_stops_the_run_before_any_check(two: pytest.Pytes
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: path in *lora.toml:2: *texts.txt is not there"])
     run(two, "--lora-adapter=adapters/good", "--lora-checks=files").assert_outcomes(
-        passed=4, deselected=13
+        passed=4, deselected=16
     )
 
 
@@ -103,7 +103,7 @@ def test_a_fixture_without_a_profile_skips_with_the_reason(project: pytest.Pytes
     write_adapter(project.path / "good")
     project.makepyfile("def test_mine(lora_source): pass")
     result = run(project, "--lora-adapter=good", "--lora-checks=adapter_files", "-rs")
-    result.assert_outcomes(passed=1, skipped=1, deselected=14)
+    result.assert_outcomes(passed=1, skipped=1, deselected=15)
 
 
 # -------------------------------------------------------------------------------- with the example
@@ -126,7 +126,7 @@ def test_the_example_that_forgets_fails_the_gate_and_a_sound_one_passes(
     words += [f"--lora-base-model={FIXTURES / 'base'}", "--lora-checks=perplexity_drift"]
     words += ["--lora-report=out.json", "--lora-cache-dir=kept"]
     first = run(project, *words)
-    first.assert_outcomes(passed=1, failed=1, deselected=30)
+    first.assert_outcomes(passed=1, failed=1, deselected=34)
     first.stdout.fnmatch_lines(
         [
             "*perplexity_drift[[]stories[]] FAILED for *overtrained*nats per token*",
@@ -136,7 +136,7 @@ def test_the_example_that_forgets_fails_the_gate_and_a_sound_one_passes(
     before = results(project)
     assert all(item["measurement"]["count"] < 128 for item in before)
     again = run(project, *words)
-    again.assert_outcomes(passed=1, failed=1, deselected=30)
+    again.assert_outcomes(passed=1, failed=1, deselected=34)
     after = results(project)
     for old, new in zip(before, after, strict=True):
         domain = new["measurement"]["details"]["domains"]["stories"]

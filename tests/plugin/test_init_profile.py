@@ -35,11 +35,11 @@ def test_the_profile_is_written_and_taken_by_the_next_run(project: pytest.Pytest
     [layer] = found.layers("adapters/good")
     assert layer.values == {"scaling": 4.0}
     judged = project.runpytest_inprocess("--lora-adapter=adapters/good", "--lora-checks=files")
-    judged.assert_outcomes(passed=4, deselected=11)
+    judged.assert_outcomes(passed=4, deselected=12)
     text = project.path.joinpath("lora.toml").read_text()
     project.path.joinpath("lora.toml").write_text(text.replace("scaling = 4.0", "scaling = 2.0"))
     judged = project.runpytest_inprocess("--lora-adapter=adapters/good", "--lora-checks=files")
-    judged.assert_outcomes(passed=2, failed=1, skipped=1, deselected=11)
+    judged.assert_outcomes(passed=2, failed=1, skipped=1, deselected=12)
 
 
 def test_an_existing_profile_is_never_overwritten(project: pytest.Pytester) -> None:

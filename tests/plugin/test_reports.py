@@ -115,21 +115,21 @@ def test_a_base_that_cannot_be_had_is_one_error(project: pytest.Pytester) -> Non
     words = ("--lora-adapter=good", "--lora-report=r.json")
     checks = "--lora-checks=base_compatibility,merge_equivalence"
     result = run(project, *words, checks=checks)
-    result.assert_outcomes(errors=1, skipped=1, deselected=13)
+    result.assert_outcomes(errors=1, skipped=1, deselected=14)
     result.stdout.fnmatch_lines(["*nowhere/base*hub cache*--lora-base-model=PATH*"])
     result.stdout.no_fnmatch_line("*loading.py*")
     found = outcomes(read(project.path / "r.json"))
     assert found["good", "base_compatibility"] == "error"
     assert found["good", "merge_equivalence"] == "skipped"
     alone = run(project, *words, checks="--lora-checks=merge_equivalence")
-    alone.assert_outcomes(errors=1, deselected=14)
+    alone.assert_outcomes(errors=1, deselected=15)
 
 
 def test_what_a_failed_check_blocks_is_an_error_where_that_one_is_not_run(
     project: pytest.Pytester,
 ) -> None:
     result = run(project, "--lora-adapter=bad", checks="--lora-checks=serving_profile")
-    result.assert_outcomes(errors=1, deselected=14)
+    result.assert_outcomes(errors=1, deselected=15)
     result.stdout.fnmatch_lines(["*config_matches_weights is not part of this run*"])
     chosen = run(project, "--lora-adapter=bad", "-k", "serving_profile")
     assert chosen.parseoutcomes()["errors"] == 1
@@ -148,10 +148,10 @@ def test_a_skip_has_its_reason_and_strict_makes_it_a_failure(project: pytest.Pyt
     )
     words = ("--lora-adapter=good", "--lora-report=r.json")
     result = run(project, *words, "-rs", checks="--lora-checks=adapter_files")
-    result.assert_outcomes(skipped=1, deselected=14)
+    result.assert_outcomes(skipped=1, deselected=15)
     result.stdout.fnmatch_lines(["SKIPPED*suite?test_files.py:*no room on this disk*"])
     strict = run(project, *words, "--lora-strict", checks="--lora-checks=adapter_files")
-    strict.assert_outcomes(errors=1, deselected=14)  # decided in the setup of the test
+    strict.assert_outcomes(errors=1, deselected=15)  # decided in the setup of the test
     strict.stdout.no_fnmatch_line("*During handling*")
     [item] = read(project.path / "r.json")["results"]
     assert item["outcome"] == "failed"
@@ -169,7 +169,7 @@ def test_a_broken_check_is_an_error(project: pytest.Pytester) -> None:
         """
     )
     result = run(project, "--lora-adapter=good", "--lora-report=r.json")
-    result.assert_outcomes(errors=1, skipped=3, deselected=11)
+    result.assert_outcomes(errors=1, skipped=3, deselected=12)
     report = read(project.path / "r.json")
     assert outcomes(report)["good", "adapter_files"] == "error"
     assert report["results"][0]["reason"] == "OSError: disk on fire"

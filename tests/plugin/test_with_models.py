@@ -57,13 +57,13 @@ def test_all_of_the_example_passes_and_its_base_is_read_once(
 ) -> None:
     words = [f"--lora-adapter={FIXTURES / 'adapters' / name}" for name in ADAPTERS]
     result = run(project, *words, f"--lora-dtype={dtype}", "--lora-strict")
-    result.assert_outcomes(passed=15 * len(ADAPTERS))
+    result.assert_outcomes(passed=16 * len(ADAPTERS))
     assert len(reads(project)) == 1
 
 
 def test_half_precision_passes_as_well(project: pytest.Pytester) -> None:
     adapter = FIXTURES / "adapters" / "attention-lora"
-    run(project, f"--lora-adapter={adapter}", "--lora-dtype=float16").assert_outcomes(passed=15)
+    run(project, f"--lora-adapter={adapter}", "--lora-dtype=float16").assert_outcomes(passed=16)
 
 
 def test_of_two_workers_one_reads_each_base(project: pytest.Pytester) -> None:

@@ -47,7 +47,7 @@ def test_finding() -> None:
 def test_a_group_takes_in_all_that_needs_less() -> None:
     sizes = [len(expand_selection((need.label,))) for need in Need]
     assert sizes == sorted(set(sizes))
-    assert expand_selection(("process",)) == set(IDS)
+    assert expand_selection(("data",)) == set(IDS)
     assert expand_selection(("files",)) == {s.id for s in CHECKS if s.need is Need.FILES}
 
 
