@@ -127,7 +127,7 @@ def test_a_step_under_autocast_is_refused_by_name() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             model(**batches[0]).loss.backward()
 
-    with pytest.raises(NotPredictable, match="runs under torch.autocast"):
+    with pytest.raises(NotPredictable, match=r"runs under torch\.autocast"):
         predict(step=step)
 
 
