@@ -64,11 +64,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with quiet():
         loading, training = accelerate_says()
-        print(
-            f"accelerate: {loading:.1f} GiB to load in half precision,"
-            f" {training:.1f} GiB to train\n"
-        )
-        print("| Llama-3-8B, bfloat16, 1 x 2048 tokens, rank 16 | predicted, GiB | at the peak |")
+        print(f"accelerate: {loading:.1f} GiB to load, {training:.1f} GiB to train\n")
+        print("| Llama-3-8B, bfloat16, 1 x 2048 tokens, r=16 | predicted, GiB | at the peak |")
         print("| --- | --: | --- |")
         for name, changes, options in WAYS:
             options = {"batch": 1, "sequence": 2048, "padding": "none", **options}

@@ -1,11 +1,11 @@
 """A replay of the CUDA caching allocator: what the same requests would hold and reserve.
 
 The rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` with default settings (no
-``expandable_segments``, no ``roundup_power2_divisions``), checked against the source of torch 2.4
-to 2.13: sizes are rounded up to 512 bytes; requests up to 1 MiB come out of a pool of 2 MiB
-segments; larger ones out of segments of 20 MiB, or from 10 MiB on of their own size rounded up to
-2 MiB; the smallest free block that is large enough is taken, split if what remains is worth it, and
-merged with its free neighbours when it comes back.
+``expandable_segments``, no ``roundup_power2_divisions``), not yet held against a device: sizes are
+rounded up to 512 bytes; requests up to 1 MiB come out of a pool of 2 MiB segments; larger ones out
+of segments of 20 MiB, or from 10 MiB on of their own size rounded up to 2 MiB; the smallest free
+block that is large enough is taken, split if what remains is worth it, and merged with its free
+neighbours when it comes back.
 """
 
 from __future__ import annotations

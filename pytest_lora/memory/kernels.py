@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from pytest_lora.memory.allocator import round_up
+from pytest_lora.memory.records import NotPredictable
 
 __all__ = ["CpuKernels", "CudaKernels", "autocast_on_meta", "cuda_workspaces", "optimizers_on_meta"]
 
@@ -341,6 +342,11 @@ def autocast_on_meta() -> Iterator[None]:
 
     class Autocast(original):  # type: ignore[misc, valid-type]
         def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            if device_type != "meta" and kwargs.get("enabled", True):
+                raise NotPredictable(
+                    f"the step runs under torch.autocast({device_type!r}), whose casts a trace "
+                    "without that device does not see"
+                )
             super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
     torch.autocast = torch.amp.autocast = Autocast  # type: ignore[misc]

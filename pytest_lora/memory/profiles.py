@@ -3,8 +3,8 @@
 ``total``
     What ``torch.cuda.mem_get_info()`` calls total, which is less than the name of the card says
     (error correction, the driver's own share).  Taken from the sentence "GPU 0 has a total capacity
-    of ... GiB" in out-of-memory messages that users of the card have published; of several cards
-    and drivers the smallest that was seen, so that what fits the profile fits the card.
+    of ... GiB" in out-of-memory messages that users have published; the smallest seen for
+    a card of that size.  Many messages do not name their card: it went by the size then.
 ``context``
     CUDA context and loaded kernels: outside the caching allocator, seen by ``nvidia-smi`` only.
     0.3 to 0.6 GiB are commonly reported; the upper end is kept.

@@ -122,6 +122,15 @@ def test_a_step_that_reads_a_value_is_refused_by_name() -> None:
         predict(step=step)
 
 
+def test_a_step_under_autocast_is_refused_by_name() -> None:
+    def step(model: Any, optimizer: Any, batches: Any) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            model(**batches[0]).loss.backward()
+
+    with pytest.raises(NotPredictable, match=r"runs under torch\.autocast"):
+        predict(step=step)
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
 def test_optimizers_that_run_on_a_gpu_only_are_refused_by_name(name: str) -> None:
     with pytest.raises(NotPredictable, match=name):
