@@ -93,6 +93,14 @@ if TYPE_CHECKING:
     from pytest_lora.errors import LoraError as LoraError
     from pytest_lora.errors import NotApplicable as NotApplicable
     from pytest_lora.errors import UsageError as UsageError
+    from pytest_lora.memory.accounting import account_adapter as account_adapter
+    from pytest_lora.memory.measured import measure_cpu_memory as measure_cpu_memory
+    from pytest_lora.memory.measured import measure_gpu_memory as measure_gpu_memory
+    from pytest_lora.memory.plot import memory_svg as memory_svg
+    from pytest_lora.memory.predict import predict_memory as predict_memory
+    from pytest_lora.memory_assertions import assert_gpu_memory as assert_gpu_memory
+    from pytest_lora.memory_assertions import assert_memory_unchanged as assert_memory_unchanged
+    from pytest_lora.memory_assertions import limit_memory as limit_memory
     from pytest_lora.records import Bound as Bound
     from pytest_lora.records import CheckResult as CheckResult
     from pytest_lora.records import Measurement as Measurement
@@ -139,6 +147,14 @@ _HOMES = {
     "TaskItem": "tasks.records",
     "TargetTask": "data",
     "UsageError": "errors",
+    "assert_gpu_memory": "memory_assertions",
+    "assert_memory_unchanged": "memory_assertions",
+    "limit_memory": "memory_assertions",
+    "measure_gpu_memory": "memory.measured",
+    "measure_cpu_memory": "memory.measured",
+    "predict_memory": "memory.predict",
+    "account_adapter": "memory.accounting",
+    "memory_svg": "memory.plot",
     "assert_adapter_effect": "assertions",
     "assert_adapter_files": "assertions",
     "assert_adapter_isolation": "assertions",
