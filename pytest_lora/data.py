@@ -20,7 +20,7 @@ __all__ = ["SourceDomain", "TargetTask", "open_source", "open_task"]
 
 REPORTED = "no bound set: reported, not judged"
 _OPENING = ("field", "documents", "split")
-_SCORING = ("max_document_drift", "special_tokens", "window", "stride")
+_SCORING = ("max_document_drift", "max_unseen", "special_tokens", "window", "stride")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lora.errors import UsageError
-from pytest_lora.quantities import parse_drift, parse_floor
+from pytest_lora.quantities import parse_drift, parse_floor, parse_share
 from pytest_lora.settings import Layer, require_per_adapter, resolve, table
 
 __all__ = ["FILE_NAME", "KINDS", "TASK_KEYS", "Entry", "Key", "Profile"]
@@ -142,6 +142,12 @@ SOURCE_KEYS: Mapping[str, Key] = {
         "without it a limit is screened from the first documents",
         _number,
         _NUMBER,
+    ),
+    "max_unseen": _key(
+        "no early verdict on a screened limit while a larger share of the documents may lie beyond "
+        'it unseen, as in 0.01 or "1%" (default: any)',
+        parse_share,
+        _QUANTITY,
     ),
     "field": _key(
         'the field of .jsonl, .parquet and datasets that holds the text (default: "text")',

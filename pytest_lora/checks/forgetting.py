@@ -29,6 +29,7 @@ from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.nll_cache import NllCache
 from pytest_lora.records import Json, Measurement
 from pytest_lora.stats.distributions import t_quantile
+from pytest_lora.stats.familywise import SequentialHolm
 from pytest_lora.stats.sequential import SequentialMean, Verdict
 from pytest_lora.tasks.definition import define
 from pytest_lora.tasks.evaluation import Evaluation
@@ -79,8 +80,8 @@ def measure_perplexity_drift(
 
     The value is the drift of the domain where it is largest.  With ``max_drift`` documents are
     taken in a seeded order until each domain's drift is known to be at most that, or above: wrongly
-    with probability at most ``alpha`` over all domains (each gets an equal part), never once all
-    documents were seen.  Then the interval lies on one side of the bound.  The base model's
+    with probability at most ``alpha`` over all domains (Holm's procedure; one such rate for wrong
+    passes, one for wrong failures), never once all documents were seen.  Then the interval lies on one side of the bound.  The base model's
     likelihoods of all documents are needed for it, once: they are kept in ``cache``.
 
     Args:
@@ -133,10 +134,12 @@ def measure_perplexity_drift(
         for name, source in domains.items()
     ]
     pace = Pace(sum(domain.steps for domain in found), progress)
+    family = SequentialHolm([domain.name for domain in found], alpha)
     for domain in found:
-        domain.evaluate(pace, alpha / len(found))
+        domain.evaluate(pace, family.alpha_for(domain.name))
+        family.update(domain.name, *domain.p_values())
     notes = [*likelihoods.notes, *cache.notes, *_open_questions(found, max_drift)]
-    return _measurement(found, likelihoods, notes, alpha)
+    return _measurement(found, likelihoods, notes, family)
 
 
 def _open(texts: Source | Mapping[str, Source]) -> dict[str, Texts]:
@@ -247,6 +250,16 @@ class _Domain:
     def exhausted(self) -> bool:
         """Whether all documents were seen."""
         return self.seen.documents == len(self.collection)
+
+    def p_values(self) -> tuple[float, float]:
+        """Anytime-valid p-values of a pass and of a failure, for the family of all domains."""
+        if self.broken is not None:
+            return 1.0, 0.0
+        if self.sequential is None:
+            return 1.0, 1.0  # nothing was asked
+        if self.certain:
+            return (0.0, 1.0) if self.sequential.verdict is Verdict.AT_MOST else (1.0, 0.0)
+        return self.sequential.p_at_most, self.sequential.p_above
 
     @property
     def certain(self) -> bool:
@@ -465,7 +478,7 @@ def _measurement(
     domains: Sequence[_Domain],
     likelihoods: Likelihoods,
     notes: Sequence[str],
-    alpha: float,
+    family: SequentialHolm,
 ) -> Measurement:
     worst = max(domains, key=lambda domain: _rank(domain.drift))
     intervals = [domain.interval() for domain in domains]
@@ -487,12 +500,22 @@ def _measurement(
             "pooled": {"drift": pooled, "perplexity_ratio": _exp(pooled)},
             "domains": table,
             "definition": likelihoods.definition.to_dict(),
-            "alpha": alpha,
+            "alpha": family.alpha,
+            "family": _family(domains, family),
             "certain": all(domain.certain for domain in domains),
             "confidence": CONFIDENCE,
             "notes": list(notes),
         },
     )
+
+
+def _family(domains: Sequence[_Domain], family: SequentialHolm) -> dict[str, Json]:
+    """Holm's adjusted p-values of the verdicts; those at most the family's alpha stand."""
+    decided = [domain for domain in domains if domain.sequential is not None]
+    adjusted: dict[str, Json] = {
+        domain.name: min(family.adjusted(domain.name)) for domain in decided
+    }
+    return {"method": "Holm", "gates": len(domains), "adjusted_p": adjusted}
 
 
 def _rank(drift: float) -> float:

@@ -229,6 +229,9 @@ def test_a_verdict_says_what_it_rests_on(worse: Subject) -> None:
     two = measure(worse, {"a": TEXTS[:30], "b": TEXTS[30:]}, max_drift=5.0, alpha=0.01)
     assert details(two, "a")["sequential"]["alpha"] == 0.005
     assert details(two, "b")["sequential"]["alpha"] == 0.005
+    family = two.details["family"]
+    assert (family["method"], family["gates"]) == ("Holm", 2)
+    assert all(p <= 0.01 for p in family["adjusted_p"].values())
     careful = measure(worse, max_drift=5.0, max_unseen=0.1)
     assert details(careful)["sequential"]["unseen_above_cap"] <= 0.1
     assert careful.count > found.count
