@@ -82,7 +82,8 @@ def measure_perplexity_drift(
     taken in a seeded order until each domain's drift is known to be at most that, or above: wrongly
     with probability at most ``alpha`` over all domains (Holm's procedure; one such rate for wrong
     passes, one for wrong failures), never once all documents were seen.  Then the interval lies on
-    one side of the bound.  The base model's likelihoods of all documents are needed for it, once: they are kept in ``cache``.
+    one side of the bound.  The base model's likelihoods of all documents are needed for it, once:
+    they are kept in ``cache``.
 
     Args:
         subject: the adapter on its base model, a causal language model.

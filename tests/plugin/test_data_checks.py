@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 from adapter_maker import write_adapter
 from example import FIXTURES, NEEDS_EXAMPLE
+
+from pytest_lora.run import Run
+from pytest_lora.settings import Layer, option_name
 
 ADAPTERS = FIXTURES / "adapters"
 STORIES = FIXTURES / "data" / "source_heldout.jsonl"
@@ -143,3 +147,66 @@ def test_the_example_that_forgets_fails_the_gate_and_a_sound_one_passes(
         assert domain.pop("from_cache")["adapted"] > 0
         old["measurement"]["details"]["domains"]["stories"].pop("from_cache")
         assert {**old, "seconds": 0} == {**new, "seconds": 0}
+
+
+@NEEDS_EXAMPLE
+def test_the_examples_own_profile_lets_a_sound_adapter_through_and_stops_the_other(
+    project: pytest.Pytester,
+) -> None:
+    pytest.importorskip("torch")
+    words = [f"--lora-adapter={ADAPTERS / name}" for name in ("dora", "overtrained")]
+    words += [f"--lora-base-model={FIXTURES / 'base'}", "--lora-no-cache", "-k", "problems"]
+    words += [f"--lora-profile={FIXTURES / 'lora.toml'}", "--lora-report=out.json"]
+    run(project, *words, "--lora-checks=task_accuracy").assert_outcomes(
+        passed=1, failed=1, deselected=46
+    )
+    sound, forgetful = (item["measurement"] for item in results(project))
+    assert sound["count"] < 256
+    assert sound["low"] >= 0.5 > forgetful["high"]
+    assert "expected '" in forgetful["where"]
+
+
+def test_a_floor_may_be_relative_to_the_base_and_choices_have_no_health(
+    two: pytest.Pytester,
+) -> None:
+    (two.path / "chosen.jsonl").write_text(
+        '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n' * 2
+    )
+    (two.path / "written.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    profile(
+        two,
+        '[tasks.chosen]\npath = "chosen.jsonl"\nmin_accuracy = "base - 2%"\n'
+        '[tasks.written]\npath = "written.jsonl"\ngrader = "exact"\n',
+    )
+    listed = run(two, "--lora-adapter=adapters/good", "--collect-only", "-q")
+    found = [line for line in listed.outlines if line.startswith("lora/test_learning")]
+    assert found == [
+        "lora/test_learning::test_task_accuracy[adapters/good:chosen]",
+        "lora/test_learning::test_task_accuracy[adapters/good:written]",
+        "lora/test_learning::test_generation_health[adapters/good:written]",
+        "lora/test_learning::test_generation_diversity[adapters/good:written]",
+    ]
+    run_ = _run_of(two)
+    assert list(run_.task("adapters/good", "chosen").floor) == ["min_change"]
+    assert "alpha" not in run_.task("adapters/good", "chosen").options
+    assert run_.task("adapters/good", "written").floor["min_accuracy"].low == -math.inf
+
+
+def _run_of(project: pytest.Pytester) -> Run:
+    layer = Layer({"adapter": ("adapters/good",), "no_cache": True}, option_name)
+    found = Run([layer], start=project.path, root=project.path)
+    found.locate()
+    return found
+
+
+def test_humaneval_is_refused_before_the_run_without_permission(two: pytest.Pytester) -> None:
+    (two.path / "humaneval.jsonl").write_text(
+        '{"task_id": "x/0", "prompt": "def f():\\n", "entry_point": "f", '
+        '"canonical_solution": "    return 1\\n", "test": "def check(f): assert f() == 1"}\n'
+    )
+    profile(two, '[tasks.humaneval]\npath = "humaneval.jsonl"\n')
+    result = run(two, "--lora-adapter=adapters/good")
+    assert result.ret != pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["*--lora-allow-code-execution*"])
+    allowed = run(two, "--lora-adapter=adapters/good", "--lora-allow-code-execution", "--co", "-q")
+    assert any("test_task_accuracy[adapters/good:humaneval]" in line for line in allowed.outlines)
