@@ -174,12 +174,13 @@ def test_the_standard_error_is_that_of_a_ratio(worse: Subject) -> None:
 def test_too_few_documents_to_speak_for_their_domain_is_said_with_how_many_it_takes(
     worse: Subject,
 ) -> None:
-    [note] = measure(worse, max_drift=0.9).notes
-    assert "texts: the verdict is about these documents; for the domain they come from" in note
+    begins = "texts: the verdict is about these documents; for the domain they come from"
+    [note] = [note for note in measure(worse, max_drift=0.9).notes if begins in note]
     needed = int(note.split("about ")[-1].split()[0].replace(",", ""))
     assert 60 < needed < 1000
-    assert not measure(worse, max_drift=5.0).notes
-    assert "ever more" in measure(worse, max_drift=measure(worse).value).notes[0]
+    assert not [note for note in measure(worse, max_drift=5.0).notes if begins in note]
+    even = measure(worse, max_drift=measure(worse).value).notes
+    assert any("ever more" in note for note in even)
 
 
 # ----------------------------------------------------------------------------- verdicts
