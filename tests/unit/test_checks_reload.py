@@ -117,7 +117,7 @@ PEFT = tuple(int(part) for part in peft.__version__.split(".")[:2])
 
 def since(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:
     """Older releases have the fault that ``reason`` names, and the check says so, rightly."""
-    return pytest.mark.skipif(PEFT < version, reason=f"PEFT {peft.__version__}: {reason}")
+    return pytest.mark.skipif(version > PEFT, reason=f"PEFT {peft.__version__}: {reason}")
 
 
 FLAVOURS = [
