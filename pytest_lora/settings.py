@@ -353,7 +353,7 @@ class Settings:
     cache_size: int = _setting(
         256,
         _count,
-        "MiB the cache may hold; what was unused for longest goes first (default: 256)",
+        "how many MiB the cache may hold; what was unused for longest goes first (default: 256)",
         metavar="MIB",
         ini="int",
     )

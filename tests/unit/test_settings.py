@@ -71,7 +71,7 @@ def test_the_strongest_place_wins_and_is_named(
     marker = layer("marker", **{name: values["marker"]}) if "marker" in given else None
     settings = run.settings_for("adapters/a", marker)
     strongest = given[-1] if given else None
-    origin = {"profile": f"{name} in {path}:2", None: "default"}
+    origin = {"profile": f"{name} in {path.name}:2", None: "default"}
     assert settings.origin(name) == origin.get(strongest, f"{strongest}:{name}")
     if name == "cycles":
         assert settings.cycles == (values[strongest] if strongest else 3)
@@ -249,6 +249,7 @@ def test_each_movable_bound_is_a_setting_that_states_its_default() -> None:
         assert spec.limit in TABLE[spec.id].help
         assert spec.unit in TABLE[spec.id].help
         default = f"{spec.default:g}" if spec.default else "more than nothing"
+        default = "reported, not judged" if math.isinf(spec.default) else default
         assert f"; default: {default})" in TABLE[spec.id].help
     assert not {spec.id for spec in CHECKS if not spec.limit} & set(TABLE)
 
