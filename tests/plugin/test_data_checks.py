@@ -10,6 +10,8 @@ import pytest
 from adapter_maker import write_adapter
 from example import FIXTURES, NEEDS_EXAMPLE
 
+pytest.importorskip("torch")
+
 from pytest_lora.run import Run
 from pytest_lora.settings import Layer, option_name
 
@@ -123,7 +125,6 @@ max_drift = "2.5 nats"
 def test_the_example_that_forgets_fails_the_gate_and_a_sound_one_passes(
     project: pytest.Pytester,
 ) -> None:
-    pytest.importorskip("torch")
     profile(project, GATE)
     names = ["dora", "overtrained"]
     words = [f"--lora-adapter={ADAPTERS / name}" for name in names]
@@ -153,7 +154,6 @@ def test_the_example_that_forgets_fails_the_gate_and_a_sound_one_passes(
 def test_the_examples_own_profile_lets_a_sound_adapter_through_and_stops_the_other(
     project: pytest.Pytester,
 ) -> None:
-    pytest.importorskip("torch")
     words = [f"--lora-adapter={ADAPTERS / name}" for name in ("dora", "overtrained")]
     words += [f"--lora-base-model={FIXTURES / 'base'}", "--lora-no-cache", "-k", "problems"]
     words += [f"--lora-profile={FIXTURES / 'lora.toml'}", "--lora-report=out.json"]
