@@ -19,6 +19,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from stack import since
 
 from pytest_lora import fresh
 from pytest_lora.adapter import read_adapter
@@ -112,14 +113,6 @@ def after_merging(monkeypatch: pytest.MonkeyPatch, plant: Callable[[Path], Any])
 
 # ---------------------------------------------------------------------------- sound
 
-PEFT = tuple(int(part) for part in peft.__version__.split(".")[:2])
-
-
-def since(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:
-    """Older releases have the fault that ``reason`` names, and the check says so, rightly."""
-    return pytest.mark.skipif(version > PEFT, reason=f"PEFT {peft.__version__}: {reason}")
-
-
 FLAVOURS = [
     ("llama", {}),
     ("llama", {"use_rslora": True, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}),
@@ -127,13 +120,13 @@ FLAVOURS = [
     pytest.param(
         "llama",
         {"target_modules": ["embed_tokens", "q_proj"]},
-        marks=since((0, 14), "saves the head too where the embedding is targeted"),
+        marks=since("saves the head too where the embedding is targeted", peft=(0, 14)),
     ),
     ("llama", {"trainable_token_indices": {"embed_tokens": [5, 6]}}),
     pytest.param(
         "tied",
         {"modules_to_save": ["lm_head"]},
-        marks=since((0, 20), "the merged configuration still ties a head of its own"),
+        marks=since("the merged configuration still ties a head of its own", peft=(0, 20)),
     ),
     ("tied", {}),
     ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
@@ -164,7 +157,7 @@ def test_sound_adapters_come_back(
         {},
         pytest.param(
             {"use_dora": True, "modules_to_save": ["lm_head"]},
-            marks=since((0, 14), "merges a saved module in another dtype than the model's"),
+            marks=since("merges a saved module in another dtype than the model's", peft=(0, 14)),
         ),
     ],
 )
@@ -345,7 +338,7 @@ def test_a_configuration_that_loading_changes(
     )
 
 
-@since((0, 14), "refuses keys it does not know")
+@since("refuses keys it does not know", peft=(0, 14))
 def test_a_key_this_peft_drops_is_a_note(subject: Subject) -> None:
     adapter = tiny.rewrite_config(subject.adapter, from_the_future=1)
     measured = measure_save_reload(Subject(adapter, subject.base))

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 import memory_cases as cases  # noqa: E402
 import tiny  # noqa: E402
+from stack import since  # noqa: E402
 
 from pytest_lora.memory.accounting import account_adapter, file_size  # noqa: E402
 
@@ -49,6 +50,7 @@ def test_dora_and_saved_modules_are_counted_as_they_are() -> None:
     assert saved.adapter.parameters - plain.adapter.parameters == 2000 * 128
 
 
+@since("writes other metadata into the file", peft=(0, 20))
 @pytest.mark.parametrize(
     "changes",
     [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],

@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 
 import memory_cases as cases  # noqa: E402
+from stack import since  # noqa: E402
 
 from pytest_lora.errors import CannotRun, UsageError  # noqa: E402
 from pytest_lora.memory.depth import period  # noqa: E402
@@ -72,6 +73,7 @@ def test_what_takes_more_is_predicted_to_take_more() -> None:
     assert live(padding="none", checkpointing=True) < plain
 
 
+@since("repeats the key heads itself", transformers=(5, 0))
 def test_kernels_follow_from_the_inputs() -> None:
     assert predict(padding="none").kernels == {"flash": 3}
     assert predict(padding="padded").kernels == {"efficient": 3}
@@ -252,6 +254,7 @@ def test_shallow_models_are_traced_whole() -> None:
     assert predict(extrapolate=True).method == "traced whole"
 
 
+@since("has no Gemma 3", transformers=(4, 50))
 def test_the_period_is_that_of_the_layer_types() -> None:
     import transformers
 
