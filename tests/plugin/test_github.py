@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from adapter_maker import lora_tensors, write_adapter
+from stack import since
 
 from pytest_lora.report.github import COMMENT_MARK, Annotation, append_summary, workflow_command
 from pytest_lora.report.markdown import SUMMARY_LIMIT
@@ -59,7 +60,14 @@ def test_elsewhere_nothing_is_left(
     assert not (project.path / "summary.md").exists()
 
 
-@pytest.mark.parametrize("words", [("-q",), ("-n2",), ("--no-summary",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-q",),
+        ("-n2",),
+        pytest.param(("--no-summary",), marks=since("calls no summary hook then", pytest=(9, 2))),
+    ],
+)
 def test_a_mark_stands_at_the_offending_key(project: pytest.Pytester, words: tuple[str]) -> None:
     text = (project.path / "bad" / "adapter_config.json").read_text()
     line = 1 + text[: text.index('"lora_dropout"')].count("\n")

@@ -52,7 +52,7 @@ def _where_it_runs(case: cases.Case) -> Any:
     return pytest.param(case, marks=least) if young else case
 
 
-@pytest.mark.parametrize("case", map(_where_it_runs, CHOSEN), ids=str)
+@pytest.mark.parametrize("case", [_where_it_runs(case) for case in CHOSEN], ids=str)
 def test_a_prediction_is_a_real_run_to_the_byte(case: cases.Case) -> None:
     _same(case)
 
