@@ -24,7 +24,7 @@ from typing import Any
 
 from pytest_lora.errors import UsageError
 from pytest_lora.quantities import parse_drift, parse_floor, parse_share
-from pytest_lora.settings import Layer, require_per_adapter, resolve, table
+from pytest_lora.settings import Layer, choice, require_per_adapter, resolve, table
 
 __all__ = ["FILE_NAME", "KINDS", "TASK_KEYS", "Entry", "Key", "Profile"]
 
@@ -97,15 +97,6 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _choice(*valid: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if value not in valid:
-            raise ValueError("one of " + ", ".join(valid))
-        return str(value)
-
-    return parse
-
-
 def _one_of(*valid: str) -> dict[str, Any]:
     return {"enum": list(valid)}
 
@@ -157,14 +148,14 @@ SOURCE_KEYS: Mapping[str, Key] = {
     "documents": _key(
         "what a document is in a .txt file: paragraphs between blank lines (the default), lines, "
         "or the file",
-        _choice("paragraphs", "lines", "file"),
+        choice("paragraphs", "lines", "file"),
         _one_of("paragraphs", "lines", "file"),
     ),
     "split": _key("the split of a saved dataset that has several", _text, _STRING),
     "prefix": _key(
         "what stands before a document's first token: auto (BOS, else EOS, else nothing; the "
         "default), bos, eos or none",
-        _choice("auto", "bos", "eos", "none"),
+        choice("auto", "bos", "eos", "none"),
         _one_of("auto", "bos", "eos", "none"),
     ),
     "special_tokens": _key(
@@ -201,24 +192,24 @@ TASK_KEYS: Mapping[str, Key] = {
     "about": _key(
         "what the verdict is about: these items (the default), or the domain they are a sample of, "
         "for which few items may be inconclusive",
-        _choice("items", "domain"),
+        choice("items", "domain"),
         _one_of("items", "domain"),
     ),
     "format": _key("the form of the file, where its fields alone do not tell", _text, _STRING),
     "grader": _key(
         "how a written answer is judged: " + ", ".join(GRADERS) + " (default: the format's)",
-        _choice(*GRADERS),
+        choice(*GRADERS),
         _one_of(*GRADERS),
     ),
     "pattern": _key("the regular expression of the grader regex", _text, _STRING),
     "scoring": _key(
         "generate an answer, or compare the likelihoods of choices (default: the format's)",
-        _choice(*SCORINGS),
+        choice(*SCORINGS),
         _one_of(*SCORINGS),
     ),
     "length": _key(
         "what the log-likelihood of a choice is divided by (default: none)",
-        _choice(*LENGTHS),
+        choice(*LENGTHS),
         _one_of(*LENGTHS),
     ),
     "template": _key("the text put to the model, with {prompt} in it", _text, _STRING),

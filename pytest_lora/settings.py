@@ -25,6 +25,7 @@ __all__ = [
     "Setting",
     "Settings",
     "bound_for",
+    "choice",
     "ini_name",
     "option_name",
     "require_per_adapter",
@@ -78,7 +79,9 @@ def _text(value: Any) -> str:
     return value.strip()
 
 
-def _choice(*valid: str) -> Callable[[Any], str]:
+def choice(*valid: str) -> Callable[[Any], str]:
+    """A parser that takes one of ``valid`` and nothing else."""
+
     def parse(value: Any) -> str:
         if value not in valid:
             raise ValueError("one of " + ", ".join(valid))
@@ -88,7 +91,7 @@ def _choice(*valid: str) -> Callable[[Any], str]:
 
 
 def _dtype(value: Any) -> str:
-    return _choice(*DTYPES)(_SHORT_DTYPES.get(value, value))
+    return choice(*DTYPES)(_SHORT_DTYPES.get(value, value))
 
 
 def _flag(value: Any) -> bool:
@@ -268,13 +271,13 @@ class Settings:
     )
     inconclusive: str = _setting(
         "fail",
-        _choice("fail", "skip"),
+        choice("fail", "skip"),
         "what an inconclusive verdict is: fail or skip (default: fail)",
         metavar="WHAT",
     )
     newer_writer: str = _setting(
         "fail",
-        _choice("fail", "note"),
+        choice("fail", "note"),
         "what an adapter is that a newer PEFT than the installed one wrote: fail or note "
         "(default: fail)",
         metavar="WHAT",
