@@ -1,4 +1,4 @@
-"""Predicted peaks against a CUDA device: 17 training steps.
+"""Predicted peaks against a CUDA device: 20 training steps.
 
     python benchmarks/gpu_memory.py --report gpu_memory.json
     python benchmarks/gpu_memory.py --predict-only
@@ -121,6 +121,9 @@ STEPS = [
     Step("8B", 1, 2048, {"accumulation": 2}),
     Step("8B", 2, 2048, {**CHECKPOINTED, "padding": "padded"}),
     Step("8B", 1, 8192, CHECKPOINTED, {"use_dora": True}),
+    Step("0.5B", 1, 1024, {"dtype": "float32", "autocast": "bfloat16"}),
+    Step("0.5B", 4, 512, {"autocast": "bfloat16", "padding": "padded"}),
+    Step("8B", 1, 2048, {**CHECKPOINTED, "autocast": "bfloat16"}),
 ]
 
 
@@ -142,7 +145,7 @@ def measure(step: Step) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        training_step(model, optimizer, batches, asked.clip)
+        training_step(model, optimizer, batches, asked.clip, asked.autocast)
     torch.cuda.synchronize()
     found: dict[str, Any] = {
         "allocated": torch.cuda.max_memory_allocated() - before,

@@ -20,6 +20,17 @@ SHAPES = {
     "8B": ("LlamaConfig", 128256, 4096, 14336, 32, 32, 8),
     "70B": ("LlamaConfig", 128256, 8192, 28672, 80, 64, 8),
 }
+WAYS: tuple[tuple[str, str, list[str]], ...] = (
+    ("plain", "whole", []),
+    ("checkpointed", "whole", ["--checkpointing"]),
+    ("plain", "three depths", ["--extrapolate"]),
+)
+JOBS: tuple[tuple[str, str, list[str]], ...] = (
+    ("load", "whole", ["--job", "load"]),
+    ("merge", "whole", ["--job", "merge"]),
+    ("one forward pass", "whole", ["--job", "inference"]),
+    ("prompt and 16 tokens", "whole", ["--job", "inference", "--new-tokens", "16"]),
+)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -54,6 +65,8 @@ def child(options: argparse.Namespace) -> None:
         batch=1,
         sequence=2048,
         padding="none",
+        job=options.job,
+        new_tokens=options.new_tokens,
         checkpointing=options.checkpointing,
         extrapolate=options.extrapolate,
     )
@@ -70,24 +83,25 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--extrapolate", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--job", default="train_step", help=argparse.SUPPRESS)
+    parser.add_argument("--new-tokens", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model:
         child(options)
         return
     print("| model | step | traced | peak, GiB | CPU s | imports, CPU s | process, GiB |")
     print("| --- | --- | --- | --: | --: | --: | --: |")
-    for model in SHAPES:
-        for flags in ([], ["--checkpointing"], ["--extrapolate"]):
-            command = [sys.executable, "-W", "ignore", __file__, "--model", model, *flags]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            row = json.loads(done.stdout.splitlines()[-1])
-            step = "checkpointed" if "--checkpointing" in flags else "plain"
-            how = "three depths" if "--extrapolate" in flags else "whole"
-            print(
-                f"| {model} | {step} | {how} | {row['peak'] / 2**30:.2f} | {row['seconds']:.1f} "
-                f"| {row['imports']:.1f} | {row['memory'] / 2**30:.2f} |",
-                flush=True,
-            )
+    rows = [(model, *way) for model in SHAPES for way in WAYS]
+    rows += [("8B", *way) for way in JOBS]
+    for model, step, how, flags in rows:
+        command = [sys.executable, "-W", "ignore", __file__, "--model", model, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"| {model} | {step} | {how} | {row['peak'] / 2**30:.2f} | {row['seconds']:.1f} "
+            f"| {row['imports']:.1f} | {row['memory'] / 2**30:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,14 @@ WAYS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("LoRA, checkpointed", {}, {"checkpointing": True}),
     ("DoRA", {"use_dora": True}, {}),
     ("QLoRA, checkpointed", {}, {"checkpointing": True, "quantisation": "nf4"}),
+    ("LoRA, autocast", {}, {"autocast": "bfloat16"}),
+    ("LoRA, base in float32", {}, {"dtype": "float32"}),
+    ("LoRA, base in float32, autocast", {}, {"dtype": "float32", "autocast": "bfloat16"}),
+    (
+        "QLoRA, checkpointed, autocast",
+        {},
+        {"checkpointing": True, "quantisation": "nf4", "autocast": "bfloat16"},
+    ),
 )
 
 

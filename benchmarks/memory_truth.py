@@ -1,10 +1,11 @@
-"""Predicted live bytes against really run training steps on the CPU, and against the profiler.
+"""Predicted live bytes against what was really run on the CPU, and against the profiler.
 
     python benchmarks/memory_truth.py --profile
 
-Each case is predicted on the meta device and run for two real steps; "difference" is predicted less
-counted, in bytes.  With --profile the allocator's events of a third run are the independent
-witness.  Prints a Markdown table and ends with status 1 if any prediction is off by a byte.
+Each case (training steps, inference, merges, loads) is predicted on the meta device and really
+run, steps twice; "difference" is predicted less counted, in bytes.  With --profile the allocator's
+events of a third run of the training steps are the independent witness.  Prints a Markdown table
+and ends with status 1 if any prediction is off by a byte.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from memory_cases import CASES, QUANTISED, Case
+from memory_cases import CASES, EIGHT_BIT, MERGES_IN_4_BITS, OTHER_JOBS, QUANTISED, Case
 from memory_witness import profiled_peak
 
 from pytest_lora.loading import quiet
@@ -41,8 +42,9 @@ def compare(case: Case, *, profile: bool) -> tuple[str, int, float | None]:
     between = time.process_time()
     counted = run_step(case.workload()).peak.live
     ended = time.process_time()
-    witness = profiled_peak(case.workload()) / counted - 1 if profile else None
-    seen = "" if witness is None else f" {witness:+.4%} |"
+    training = case.workload().job == "train_step"
+    witness = profiled_peak(case.workload()) / counted - 1 if profile and training else None
+    seen = f" {'-' if witness is None else format(witness, '+.4%')} |" if profile else ""
     row = (
         f"| {case} | {counted:,} | {predicted - counted:+,} |{seen} {between - started:.2f} "
         f"| {ended - between:.2f} |"
@@ -54,7 +56,12 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    cases = [*CASES, *(QUANTISED if importlib.util.find_spec("bitsandbytes") else [])]
+    cases = [
+        *CASES,
+        *OTHER_JOBS,
+    ]
+    if importlib.util.find_spec("bitsandbytes"):
+        cases += [*QUANTISED, *EIGHT_BIT, *MERGES_IN_4_BITS]
     chosen = [case for case in cases if options.only in str(case)]
     witness = " profiler |" if options.profile else ""
     rule = " --: |" if options.profile else ""

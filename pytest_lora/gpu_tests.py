@@ -65,10 +65,15 @@ def _has_gpu() -> bool:
 
 @contextmanager
 def limited(item: pytest.Item) -> Iterator[None]:
-    """Around a test's call: where it has the marker and there is a GPU, measure and judge it."""
+    """Around a test's call: where it has the marker and there is a GPU, measure and judge it.
+
+    Devices work behind the program's back: what a test started on one is waited for, so that its
+    failure is this test's and not the next one's.
+    """
     limit = _ceiling(item)
     if limit is None or not _has_gpu():
         yield
+        _settle()
         return
     from pytest_lora.memory.measured import is_out_of_memory, measure_gpu_memory
     from pytest_lora.memory_assertions import judge_measured, out_of_memory
@@ -77,11 +82,22 @@ def limited(item: pytest.Item) -> Iterator[None]:
     try:
         with measure_gpu_memory() as taken:
             yield
+            _settle()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         out_of_memory(taken, ceiling, item.nodeid, error)
     judge_measured(taken, ceiling, item.nodeid, _made(predicted))
+
+
+def _settle() -> None:
+    """Wait for all devices in use; raises what failed there."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    from pytest_lora.memory.measured import synchronise
+
+    synchronise()
 
 
 def judge_without_gpu(item: pytest.Item) -> bool:
@@ -164,17 +180,19 @@ def note_lost_context(item: pytest.Item, error: BaseException | None) -> None:
         stash[_LOST] = f"{item.nodeid} left the CUDA context unusable: {said}"
 
 
-def _cuda_error(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+def _cuda_error(error: BaseException | None) -> bool:
+    """Whether CUDA, or a library on it, is spoken of in an exception or in what led to it."""
+    while error is not None:
+        if any(name in str(error) for name in ("CUDA", "cuDNN")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _device_is_lost() -> bool:
-    """Whether waiting for the device fails, which it does for ever once the context is lost."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return False
+    """Whether waiting for the devices fails, which it does for ever once a context is lost."""
     try:
-        torch.cuda.synchronize()
+        _settle()
     except RuntimeError:
         return True
     return False

@@ -7,32 +7,38 @@ raised as well, lest it pass for a promise).  A verdict on a measurement has two
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pytest_lora.errors import CannotRun, CheckFailed, UsageError
-from pytest_lora.records import Bound, CheckResult, Json, Measurement, Outcome, emit
+from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
+from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, emit
 from pytest_lora.report.text import explain
-from pytest_lora.sizes import format_bytes, parse_bytes
+from pytest_lora.sizes import GIB, parse_bytes
 
 if TYPE_CHECKING:
     from pytest_lora.memory.measured import MeasuredMemory
-    from pytest_lora.memory.records import MemoryPeak, MemoryPrediction
+    from pytest_lora.memory.plan import MemoryPlan
+    from pytest_lora.memory.records import MemoryPrediction
 
 __all__ = [
     "assert_gpu_memory",
+    "assert_memory_inference",
+    "assert_memory_load",
+    "assert_memory_merge",
+    "assert_memory_train_step",
     "assert_memory_unchanged",
+    "assert_no_memory_left",
     "judge_measured",
     "judge_predicted",
     "limit_memory",
     "out_of_memory",
 ]
 
-GIB = 1 << 30
-_UNIT = "GiB of GPU memory"
+Ceiling = str | int | Bound
+"""``"14 GiB"``, a number of bytes, or a bound in GiB."""
 
 
 def assert_gpu_memory(
@@ -109,20 +115,9 @@ def judge_measured(
         CheckFailed: the peak of allocated bytes exceeds the ceiling.
     """
     __tracebackhide__ = True
-    details: dict[str, Json] = {"devices": [device.to_dict() for device in taken.devices]}
-    notes = taken.lines()
-    if predicted is not None:
-        details["predicted"] = predicted.to_dict()
-        error = predicted.predicted / max(1, taken.allocated) - 1
-        notes.append(f"predicted {format_bytes(predicted.predicted)}: {error:+.1%}")
-    measurement = Measurement(
-        value=taken.allocated / GIB,
-        unit=f"{_UNIT}, measured",
-        count=len(taken.devices),
-        details={**details, "notes": notes},
-    )
-    request = predicted.request if predicted else None
-    return _judge("gpu_memory", name, measurement, ceiling, _remedy(taken.peak, request))
+    from pytest_lora.checks.memory import of_measured
+
+    return _judge("gpu_memory", name, of_measured(taken, predicted), ceiling)
 
 
 def judge_predicted(prediction: MemoryPrediction, ceiling: int, name: str = "step") -> Measurement:
@@ -132,16 +127,9 @@ def judge_predicted(prediction: MemoryPrediction, ceiling: int, name: str = "ste
         CheckFailed: it does not fit, or is too close to call (the result is INCONCLUSIVE then).
     """
     __tracebackhide__ = True
-    measurement = Measurement(
-        value=prediction.predicted / GIB,
-        unit=f"{_UNIT}, predicted",
-        count=1,
-        low=prediction.predicted / GIB,
-        high=prediction.at_most / GIB,
-        details={"predicted": prediction.to_dict(), "notes": prediction.lines()},
-    )
-    remedy = _remedy(prediction.peak, prediction.request)
-    return _judge("gpu_memory", name, measurement, ceiling, remedy)
+    from pytest_lora.checks.memory import of_prediction
+
+    return _judge("gpu_memory", name, of_prediction(prediction), ceiling)
 
 
 def out_of_memory(taken: MeasuredMemory, ceiling: int, name: str, error: BaseException) -> None:
@@ -151,17 +139,74 @@ def out_of_memory(taken: MeasuredMemory, ceiling: int, name: str, error: BaseExc
         CheckFailed: always.
     """
     __tracebackhide__ = True
-    said = " ".join(str(error).split())[:240]
-    measurement = Measurement(
-        value=math.inf,
-        unit=f"{_UNIT}, measured",
-        count=max(1, len(taken.devices)),
-        details={
-            "devices": [device.to_dict() for device in taken.devices],
-            "notes": [f"the device ran out of memory: {said}", *taken.lines()],
-        },
-    )
-    _judge("gpu_memory", name, measurement, ceiling, _remedy(taken.peak, None))
+    from pytest_lora.checks.memory import exhausted
+
+    _judge("gpu_memory", name, exhausted(taken, error), ceiling)
+
+
+def assert_memory_load(plan: MemoryPlan, *, max_memory: Ceiling | None) -> Measurement:
+    """Putting the adapter on its base takes at most ``max_memory``, the base included.
+
+    With the plan's subject on a GPU it is measured, else predicted; the unit says which.
+
+    Args:
+        plan: the adapter, its base and what is done with them (the fixture ``lora_memory_plan``).
+        max_memory: a size such as ``"14 GiB"``, bytes, or a bound in GiB; None makes no verdict.
+
+    Raises:
+        CheckFailed: it takes more, or a prediction is too close to call.
+        CannotRun: nothing can be measured and nothing predicted.
+        NotApplicable: there is no ceiling.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.memory import measure_memory_load
+
+    return _of_plan("memory_load", plan, measure_memory_load, max_memory)
+
+
+def assert_memory_inference(plan: MemoryPlan, *, max_memory: Ceiling | None) -> Measurement:
+    """Inference takes at most ``max_memory``, the model included; as :func:`assert_memory_load`."""
+    __tracebackhide__ = True
+    from pytest_lora.checks.memory import measure_memory_inference
+
+    return _of_plan("memory_inference", plan, measure_memory_inference, max_memory)
+
+
+def assert_memory_train_step(plan: MemoryPlan, *, max_memory: Ceiling | None) -> Measurement:
+    """A training step takes at most ``max_memory``, the model included; as
+    :func:`assert_memory_load`.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.memory import measure_memory_train_step
+
+    return _of_plan("memory_train_step", plan, measure_memory_train_step, max_memory)
+
+
+def assert_memory_merge(plan: MemoryPlan, *, max_memory: Ceiling | None) -> Measurement:
+    """Merging takes at most ``max_memory``, the model included; as :func:`assert_memory_load`."""
+    __tracebackhide__ = True
+    from pytest_lora.checks.memory import measure_memory_merge
+
+    return _of_plan("memory_merge", plan, measure_memory_merge, max_memory)
+
+
+def _of_plan(
+    check: str,
+    plan: MemoryPlan,
+    measure: Callable[[MemoryPlan], Measurement],
+    max_memory: Ceiling | None,
+) -> Measurement:
+    __tracebackhide__ = True
+    if max_memory is None:
+        raise NotApplicable(
+            f"no ceiling is set: --lora-{check.replace('_', '-')}='14 GiB', or {check} in lora.toml"
+        )
+    if not isinstance(max_memory, Bound):
+        max_memory = Bound.at_most(parse_bytes(max_memory) / GIB, "argument")
+    started = time.perf_counter()
+    measurement = measure(plan)
+    seconds = time.perf_counter() - started
+    return _decide(check, plan.adapter.name, measurement, max_memory, seconds=seconds)
 
 
 @contextmanager
@@ -187,7 +232,7 @@ def limit_memory(max_memory: str | int, *, name: str = "block") -> Iterator[Meas
         count=1,
         details={"bytes": taken.allocated, "notes": taken.peak.lines() if taken.peak else []},
     )
-    _judge("limit_memory", name, measurement, ceiling, "")
+    _judge("limit_memory", name, measurement, ceiling)
 
 
 def assert_memory_unchanged(
@@ -214,13 +259,12 @@ def assert_memory_unchanged(
         UsageError: nothing is recorded under that name, or the file is no baseline.
     """
     __tracebackhide__ = True
-    from pytest_lora.memory.golden import differences, entry_of, read_baseline, write_baseline
+    from pytest_lora.memory.golden import differences, entry_of, read_baseline, record
 
     path, now = Path(baseline), entry_of(prediction)
-    entries = read_baseline(path)
     if update:
-        write_baseline(path, {**entries, name: now})
-        entries = {name: now}
+        record(path, name, now)
+    entries: Mapping[str, Mapping[str, Any]] = {name: now} if update else read_baseline(path)
     if name not in entries:
         known = ", ".join(sorted(entries)) or "nothing"
         raise UsageError(
@@ -242,23 +286,61 @@ def assert_memory_unchanged(
     return _decide("memory_unchanged", name, measurement, Bound.at_most(0, "recorded"), remedy)
 
 
-def _remedy(peak: MemoryPeak | None, request: object) -> str:
-    if peak is None:
-        return ""
-    from pytest_lora.memory.advice import advice
-
-    return "; ".join(advice(peak, request if isinstance(request, dict) else None)[:3])
-
-
-def _judge(
-    check: str, name: str, measurement: Measurement, ceiling: int, remedy: str
+def assert_no_memory_left(
+    cycle: Callable[[], object], *, cycles: int = 3, name: str = "cycle"
 ) -> Measurement:
+    """Live tensor bytes return to the start: what ``cycle()`` makes, nothing holds afterwards.
+
+    For loading and deleting a model, attaching and unloading an adapter, a request of a server.
+    Exact: nothing left means no byte, after one run that may fill caches.
+
+    Args:
+        cycle: what to run, ``1 + cycles`` times.
+        cycles: runs that are counted.
+        name: what the result is called in the report.
+
+    Raises:
+        CheckFailed: tensors are left; the message names the largest and who made them.
+        UsageError: ``cycles`` is not a positive whole number.
+    """
     __tracebackhide__ = True
-    return _decide(check, name, measurement, Bound.at_most(ceiling / GIB, "argument"), remedy)
+    from pytest_lora.memory.measured import measure_memory_left
+
+    return _decide(
+        "memory_left",
+        name,
+        measure_memory_left(cycle, cycles=cycles),
+        Bound.at_most(0, "definition of the check"),
+        "something outlives the cycle and holds them: a global, a hook, a cache, a graph that was "
+        "kept with a loss, or the frames of a caught exception",
+    )
+
+
+def _remedy(measurement: Measurement) -> str:
+    """What would bring the peak down, from what it consists of and how the job was set up."""
+    from pytest_lora.memory.advice import advice
+    from pytest_lora.memory.records import MemoryPeak
+
+    details: Mapping[str, Any] = measurement.details
+    if "peak" not in details:
+        return ""
+    peak = MemoryPeak.from_dict(details["peak"])
+    return "; ".join(advice(peak, details.get("predicted", {}).get("request"))[:3])
+
+
+def _judge(check: str, name: str, measurement: Measurement, ceiling: int) -> Measurement:
+    __tracebackhide__ = True
+    return _decide(check, name, measurement, Bound.at_most(ceiling / GIB, "argument"))
 
 
 def _decide(
-    check: str, name: str, measurement: Measurement, bound: Bound, remedy: str
+    check: str,
+    name: str,
+    measurement: Measurement,
+    bound: Bound,
+    remedy: str = "",
+    *,
+    seconds: float = 0.0,
 ) -> Measurement:
     __tracebackhide__ = True
     outcome = bound.judge(measurement)
@@ -267,9 +349,10 @@ def _decide(
         adapter=name,
         outcome=outcome,
         reason=_REASONS.get(outcome, "") if measurement.low is not None else "",
-        advice="" if outcome is Outcome.PASSED else remedy,
+        advice="" if outcome is Outcome.PASSED else remedy or _remedy(measurement),
         measurement=measurement,
         bound=bound,
+        seconds=seconds,
     )
     emit(result)
     if outcome is not Outcome.PASSED:

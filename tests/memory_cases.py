@@ -192,10 +192,57 @@ WAYS = _ways(
     {"checkpointing": "reentrant", "padding": "none"},
     adapter="dora",
 )
+AUTOCAST = [
+    *_ways(
+        {"autocast": BF16},
+        {"autocast": BF16, "dtype": BF16},
+        {"autocast": BF16, "attention": "eager", "padding": "none"},
+        {"autocast": BF16, "checkpointing": "non-reentrant"},
+        {"autocast": BF16, "checkpointing": "reentrant", "accumulation": 2},
+        {"autocast": FP16, "accumulation": 3, "clip": 1.0},
+    ),
+    *(Case(adapter=name, options={"autocast": BF16}) for name in (
+        "dora", "dropout", "saved head", "ia3", "vera", "full training"
+    )),
+    *(Case(name, "all-linear", options={"autocast": BF16}) for name in ("qwen2", "gemma3", "gpt2")),
+    Case("gpt2", "all-linear", options={"autocast": BF16, "checkpointing": "non-reentrant"}),
+    Case("t5", "all-linear", "SEQ_2_SEQ_LM", options={"autocast": BF16}),
+    Case("bert", "all-linear", "SEQ_CLS", options={"autocast": BF16}),
+]  # fmt: skip
+_PROMPT = {"job": "inference", "new_tokens": 8}
+OTHER_JOBS = [
+    Case(options={"job": "inference"}),
+    Case(options={"job": "inference", "attention": "eager", "dtype": BF16}),
+    *(Case(adapter=name, options=_PROMPT) for name in ("lora", "dora", "ia3", "prompt tuning")),
+    *(Case(name, "all-linear", options=_PROMPT) for name in ("qwen2", "gemma3", "gpt2", "opt")),
+    Case("t5", "all-linear", "SEQ_2_SEQ_LM", options=_PROMPT),
+    Case(options={**_PROMPT, "dtype": BF16, "padding": "none"}),
+    Case(options={"job": "inference", "autocast": BF16}),
+    Case(options={**_PROMPT, "autocast": BF16}),
+    *(Case(adapter=name, options={"job": "merge"}) for name in ("lora", "dora", "ia3", "loha")),
+    Case("gpt2", "all-linear", options={"job": "merge"}),
+    Case(options={"job": "merge", "dtype": BF16}),
+    *(Case(adapter=name, options={"job": "load"}) for name in ("lora", "dora", "saved head")),
+]
+# With bitsandbytes.
 QUANTISED = _ways(
     {"quantisation": "nf4"},
     {"quantisation": "nf4-single", "dtype": BF16},
     {"quantisation": "nf4", "dtype": BF16, "checkpointing": "reentrant"},
     {"quantisation": "fp4", "checkpointing": "non-reentrant", "padding": "none"},
+    {"quantisation": "nf4", "dtype": BF16, "autocast": BF16, "checkpointing": "non-reentrant"},
 )
-CASES = [*FAMILIES, *METHODS, *WAYS]
+_NESTED = {"job": "merge", "quantisation": "nf4", "dtype": BF16}
+MERGES_IN_4_BITS = [
+    Case(options=_NESTED),
+    Case(adapter="dora", options=_NESTED),
+    Case(options={**_NESTED, "quantisation": "fp4-single", "dtype": FP16}),
+    Case("qwen2", "all-linear", options={**_NESTED, "quantisation": "nf4-single"}),
+]
+EIGHT_BIT = _ways(
+    {"optimizer": "adamw_8bit"},
+    {"optimizer": "adamw_8bit", "dtype": BF16, "adapter_dtype": BF16, "clip": 1.0},
+    {"optimizer": "lion_8bit", "quantisation": "nf4", "dtype": BF16},
+    adapter="r=64",
+)
+CASES = [*FAMILIES, *METHODS, *WAYS, *AUTOCAST]

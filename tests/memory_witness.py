@@ -35,7 +35,7 @@ def profiled_peak(workload: Workload) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in range(2):
-            training_step(model, optimizer, batches, workload.clip)
+            training_step(model, optimizer, batches, workload.clip, workload.autocast)
     blocks = workload.config.num_hidden_layers if workload.checkpointing else 0
     return sum(sizes.values()) + _peak(recorded) - blocks * torch.get_rng_state().nbytes
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_lora.loading import quiet
+from pytest_lora.loading import FORMATS, quiet
+from pytest_lora.memory.jobs import fill_state
+from pytest_lora.memory.paged import page_states
 from pytest_lora.memory.predict import AdapterLike, PretrainedConfigLike, make_workload
-from pytest_lora.memory.tracing import fill_state
 from pytest_lora.memory.workload import Workload, make_model, make_optimizer
 from pytest_lora.records import Json
 from pytest_lora.sizes import format_bytes
@@ -28,11 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Accounting", "Training", "Weights", "account_adapter", "file_size"]
 
-_FORMATS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +157,15 @@ def account_adapter(
 
 def _training(workload: Workload, model: torch.nn.Module) -> Training:
     optimizer = make_optimizer(workload, model)
+    page_states(optimizer, lambda _state: None)
     fill_state(optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    values = [value for state in optimizer.state.values() for value in state.values()]
+    # Once each: optimizers in 8 bits share their tables.
+    values = {id(value): value for state in optimizer.state.values() for value in state.values()}
     return Training(
         parameters=sum(parameter.numel() for parameter in trained),
         gradients=sum(parameter.nbytes for parameter in trained),
-        optimizer=sum(value.nbytes for value in values if isinstance(value, torch.Tensor)),
+        optimizer=sum(value.nbytes for value in values.values() if isinstance(value, torch.Tensor)),
     )
 
 
@@ -210,7 +209,7 @@ def file_size(tensors: Mapping[str, torch.Tensor]) -> int:
     for name, tensor in order:
         start, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": _FORMATS[tensor.dtype],
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

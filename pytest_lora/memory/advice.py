@@ -13,10 +13,17 @@ __all__ = ["advice"]
 _CHECKPOINT = (
     "recompute activations (gradient checkpointing): the forward pass holds {} until backward"
 )
+_BATCH = (
+    "what the forward pass makes, its cache of keys and values included, takes {}: fewer rows or "
+    "tokens at a time"
+)
 _LOGITS = "logits take {}: fewer tokens per batch, or a loss that does not build them all at once"
 _COPIES = (
     "float32 adapters on a half-precision base keep {} of float32 copies of their inputs: train "
     "them in the base's format (adapter_dtype), or adapt fewer modules"
+)
+_CASTS = (
+    "autocast keeps {} of casts, those of frozen weights among them: load the base in that format"
 )
 _EAGER = "eager attention keeps its scores, {}: attn_implementation='sdpa'"
 _BASE = "the frozen base takes {}: load it in bfloat16 or in 4 bits (QLoRA)"
@@ -35,10 +42,15 @@ def advice(peak: MemoryPeak, request: Mapping[str, Json] | None = None) -> list[
     """
     known = request or {}
     held = peak.by_category
+    training = _unless(known, "job", ("train_step",))
+    checkpointed = not _unless(known, "checkpointing", ("off",))
+    plain = _unless(known, "autocast", ("off",))
     options = (
-        (held.get("forward", 0), _unless(known, "checkpointing", ("off",)), _CHECKPOINT),
+        (held.get("forward", 0), training and not checkpointed, _CHECKPOINT),
+        (held.get("forward", 0), not training, _BATCH),
         (held.get("logits", 0), True, _LOGITS),
-        (_copies(peak), _unless(known, "adapter_dtype", ("auto", "float32")), _COPIES),
+        (_copies(peak), plain and _unless(known, "adapter_dtype", ("auto", "float32")), _COPIES),
+        (_copies(peak), not plain and known.get("dtype") == "float32", _CASTS),
         (_scores(peak), _unless(known, "attention", ("eager",)), _EAGER),
         (held.get("frozen", 0), _unless(known, "quantisation", ("none",)), _BASE),
         (held.get("gradients", 0) + held.get("optimizer", 0), True, _TRAINED),

@@ -6,19 +6,18 @@ The file is JSON with sorted keys, meant to be committed and read in a diff.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pytest_lora.atomic import alone_in, write_whole
 from pytest_lora.errors import UsageError
 from pytest_lora.memory.records import CATEGORIES, MemoryPrediction
 from pytest_lora.records import Json, Problem
 from pytest_lora.sizes import format_bytes
 from pytest_lora.strict_json import JsonError, read_object
 
-__all__ = ["differences", "entry_of", "read_baseline", "write_baseline"]
+__all__ = ["differences", "entry_of", "read_baseline", "record"]
 
 FORMAT = 1
 
@@ -60,17 +59,18 @@ def read_baseline(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def write_baseline(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the file whole or not at all."""
-    text = json.dumps({"format": FORMAT, "entries": entries}, indent=2, sort_keys=True) + "\n"
-    handle, temporary = tempfile.mkstemp(prefix=".memory-", suffix=".json", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def record(path: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Put one entry into the file, beside those that other workers put there meanwhile.
+
+    Raises:
+        UsageError: the file is no such baseline, or cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: cannot write the baseline: there is no folder {path.parent}")
+    with alone_in(path.parent):
+        entries = {**read_baseline(path), name: entry}
+        text = json.dumps({"format": FORMAT, "entries": entries}, indent=2, sort_keys=True) + "\n"
+        write_whole(path, text, "baseline")
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[Problem]:

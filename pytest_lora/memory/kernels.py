@@ -27,9 +27,15 @@ import torch
 import torch.nn.functional as F
 
 from pytest_lora.memory.allocator import round_up
-from pytest_lora.memory.records import NotPredictable
+from pytest_lora.memory.patching import replaced
 
-__all__ = ["CpuKernels", "CudaKernels", "autocast_on_meta", "cuda_workspaces", "optimizers_on_meta"]
+__all__ = [
+    "CpuKernels",
+    "CudaKernels",
+    "adapters_on_meta",
+    "cuda_workspaces",
+    "optimizers_on_meta",
+]
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -42,6 +48,7 @@ class _Patches:
     def __init__(self) -> None:
         self.chosen: Counter[str] = Counter()
         self._originals: dict[str, Callable[..., Any]] = {}
+        self._stack = contextlib.ExitStack()
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
         """New functions by name."""
@@ -50,12 +57,11 @@ class _Patches:
     def __enter__(self) -> Self:
         for name, function in self.replacements().items():
             self._originals[name] = getattr(F, name)
-            setattr(F, name, function)
+            self._stack.enter_context(replaced(F, name, function))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for name, function in self._originals.items():
-            setattr(F, name, function)
+        self._stack.close()
 
 
 class CpuKernels(_Patches):
@@ -336,27 +342,6 @@ def cuda_workspaces() -> dict[Any, Callable[[Sequence[Any], Any], int]]:
 
 
 @contextlib.contextmanager
-def autocast_on_meta() -> Iterator[None]:
-    """PEFT opens ``torch.autocast`` of its tensors' device, which has none for meta: the CPU's."""
-    original = torch.autocast
-
-    class Autocast(original):  # type: ignore[misc, valid-type]
-        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-            if device_type != "meta" and kwargs.get("enabled", True):
-                raise NotPredictable(
-                    f"the step runs under torch.autocast({device_type!r}), whose casts a trace "
-                    "without that device does not see"
-                )
-            super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
-
-    torch.autocast = torch.amp.autocast = Autocast  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        torch.autocast = torch.amp.autocast = original  # type: ignore[misc]
-
-
-@contextlib.contextmanager
 def optimizers_on_meta(*, foreach: bool) -> Iterator[None]:
     """Optimizers take meta tensors for fused steps, and for foreach by default, as on CUDA."""
     from torch.utils import _foreach_utils
@@ -366,15 +351,34 @@ def optimizers_on_meta(*, foreach: bool) -> Iterator[None]:
         names.append("_get_foreach_kernels_supported_devices")
     # torch.optim hides its module "optimizer" behind another name.
     modules = (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__])
-    saved = []
-    for module, name in itertools.product(modules, names):
-        original = getattr(module, name, None)
-        if original is not None:
-            saved.append((module, name, original))
-            devices = [*original(), "meta"]
-            setattr(module, name, lambda devices=devices: devices)
-    try:
+    with contextlib.ExitStack() as stack:
+        for module, name in itertools.product(modules, names):
+            original = getattr(module, name, None)
+            if original is not None:
+                devices = [*original(), "meta"]
+                stack.enter_context(replaced(module, name, lambda devices=devices: devices))
         yield
-    finally:
-        for module, name, original in saved:
-            setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def adapters_on_meta() -> Iterator[None]:
+    """PEFT gives new weights the base's format before it computes with them (DoRA's norms), and
+    leaves that out on the meta device.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    name = "_move_adapter_to_device_of_base_layer"
+    original = getattr(BaseTunerLayer, name)
+
+    def move(layer: Any, adapter: str, device: Any = None) -> None:
+        original(layer, adapter, device)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is None or weight.device.type != "meta" or not weight.is_floating_point():
+            return
+        for kind in layer.adapter_layer_names + layer.other_param_names:
+            held = getattr(layer, kind, None)
+            if isinstance(held, torch.nn.ModuleDict | torch.nn.ParameterDict) and adapter in held:
+                held[adapter] = held[adapter].to(dtype=weight.dtype)
+
+    with replaced(BaseTunerLayer, name, move):
+        yield

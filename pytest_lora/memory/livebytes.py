@@ -3,7 +3,7 @@
 A dispatch mode sees every operator below autograd, in the forward pass, the backward pass and the
 optimizer alike.  Each storage that an operator returns is counted once and weakly referenced; when
 it dies, its bytes are subtracted.  The peak is the largest sum after any operator, plus what the
-operator's kernel allocates for itself (:mod:`pytest_lora.memory.workspaces`).
+operator's kernel allocates for itself (``workspaces``).
 
 Not seen: memory a kernel takes and gives back inside itself, unless that table knows it, and memory
 outside tensors.
@@ -43,6 +43,11 @@ Workspaces = Mapping[Op, Callable[[Sequence[Any], Any], int]]
 
 _COLUMNS = tuple(CATEGORIES)
 _INDEX = {name: place for place, name in enumerate(_COLUMNS)}
+aten = torch.ops.aten
+_PRODUCTS = frozenset(
+    getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
+)
+"""Operators that CUDA gives to cuBLAS."""
 _LARGE = 1 << 16
 """Storages below 64 KiB are counted, but never listed."""
 
@@ -77,6 +82,9 @@ class _Record:
     born: int
     block: Any = None
     watch: Any = None
+
+    def told(self) -> LargeTensor:
+        return LargeTensor(self.size, _COLUMNS[self.category], self.op, self.module)
 
 
 @dataclass(slots=True)
@@ -123,7 +131,9 @@ class LiveBytes(TorchDispatchMode):
         self.workspaces, self.allocator, self.shadows = workspaces or {}, allocator, shadows
         self.vocabulary = vocabulary
         self.modules = ModuleNames()
-        self.live = self.operators = 0
+        self.live = self.operators = self.left_out = 0
+        self.multiplying: set[bool] = set()
+        """Whether products of matrices were seen in backward (True), outside it (False)."""
         self.phases: dict[str, int] = {}
         self.timeline: list[Moment] | None = [] if timeline else None
         self._by_category = [0] * len(_COLUMNS)
@@ -155,11 +165,24 @@ class LiveBytes(TorchDispatchMode):
             self.track(tensor, "frozen", name)
 
     def track_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count an optimizer's state."""
-        for state in optimizer.state.values():
+        """Count an optimizer's state, and the tables that those of bitsandbytes share."""
+        for state in (*optimizer.state.values(), getattr(optimizer, "name2qmap", {})):
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
                     self.track(value, "optimizer", name)
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Never count a tensor, which lies in memory of another kind; :attr:`left_out` adds up."""
+        self.pass_over(tensor)
+        self.left_out += sum(storage.nbytes() for storage in storages(tensor))
+
+    def pass_over(self, tree: Any) -> None:
+        """Never count the storages of a tensor, or of those in a tree, that are not known yet."""
+        for tensor in tree_iter(tree):
+            if isinstance(tensor, torch.Tensor):
+                for storage in storages(tensor):
+                    if storage not in self._records:
+                        self._outside[storage] = True
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
@@ -229,10 +252,11 @@ class LiveBytes(TorchDispatchMode):
     def _large(self) -> list[LargeTensor]:
         """The large storages alive at the peak."""
         living = [record for record in self._alive.values() if record.born <= self._peak.at]
-        return [
-            LargeTensor(record.size, _COLUMNS[record.category], record.op, record.module)
-            for record in (*living, *self._peak.dead)
-        ]
+        return [record.told() for record in (*living, *self._peak.dead)]
+
+    def left(self) -> tuple[LargeTensor, ...]:
+        """The large storages alive now, largest first."""
+        return grouped([record.told() for record in self._alive.values()])
 
     # ---------------------------------------------------------------------------- the operators
 
@@ -250,12 +274,14 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.adopt:
-            self._pass_over((args, kwargs))
+            self.pass_over((args, kwargs))
         if self.shadows is None:
             out = func(*args, **kwargs)
         else:
             out = self.shadows.run(func, args, kwargs)
         self.operators += 1
+        if func in _PRODUCTS:
+            self.multiplying.add(self.phase == "backward")
         name = str(func)
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
             if isinstance(tensor, torch.Tensor) and self._counts(tensor):
@@ -278,13 +304,6 @@ class LiveBytes(TorchDispatchMode):
         if phase != "optimizer" and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
             return _INDEX["logits"]
         return _INDEX[phase]
-
-    def _pass_over(self, tree: Any) -> None:
-        for tensor in tree_iter(tree):
-            if isinstance(tensor, torch.Tensor):
-                for storage in storages(tensor):
-                    if storage not in self._records:
-                        self._outside[storage] = True
 
     # ---------------------------------------------------------------------------- the block
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from pytest_lora.errors import CannotRun
+from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.memory.allocator import round_up
 from pytest_lora.memory.livebytes import LiveBytes
 from pytest_lora.memory.records import MemoryPeak
-from pytest_lora.records import Json
+from pytest_lora.records import Json, Measurement
 from pytest_lora.sizes import format_bytes
 
 __all__ = [
@@ -24,7 +25,13 @@ __all__ = [
     "is_out_of_memory",
     "measure_cpu_memory",
     "measure_gpu_memory",
+    "measure_memory_left",
+    "synchronise",
 ]
+
+_EXHAUSTED = re.compile(r"CUDA (driver )?error: (out of memory|CUBLAS_STATUS_ALLOC_FAILED)")
+"""Where a device has no room left for a context, a kernel or a handle: no error of the allocator's.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +114,29 @@ def empty_caches() -> None:
     torch.cuda.empty_cache()
 
 
+def synchronise() -> None:
+    """Wait for every device that has a context; waiting for another would make one there, which
+    takes hundreds of MiB of a device that may be somebody else's, and full.
+
+    Raises:
+        RuntimeError: something that ran there has failed.
+    """
+    has_context = getattr(torch._C, "_cuda_hasPrimaryContext", lambda index: True)
+    for index in range(torch.cuda.device_count()):
+        if has_context(index):
+            torch.cuda.synchronize(index)
+
+
 @contextmanager
-def measure_gpu_memory(*, breakdown: bool = True) -> Iterator[MeasuredMemory]:
+def measure_gpu_memory(
+    *, breakdown: bool = True, timeline: bool = False
+) -> Iterator[MeasuredMemory]:
     """Peak CUDA memory of the block, on every visible device, above what was there before.
 
     Args:
         breakdown: count live tensors as well, for what the peak consisted of; costs a few
             microseconds an operator.
+        timeline: keep what was alive after every operator, to be drawn.
 
     Raises:
         CannotRun: there is no CUDA device (a skip, unless ``--lora-strict``).
@@ -122,11 +145,15 @@ def measure_gpu_memory(*, breakdown: bool = True) -> Iterator[MeasuredMemory]:
         raise CannotRun(
             "measuring GPU memory needs a CUDA device, and torch sees none here", missing=True
         )
+    torch.cuda.init()  # without it the allocators know no device to reset
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    synchronise()
     empty_caches()
     before = [_start(device) for device in devices]
     measured = MeasuredMemory()
-    counter = LiveBytes(device="cuda", rounding=round_up, adopt=True) if breakdown else None
+    counter = None
+    if breakdown or timeline:
+        counter = LiveBytes(device="cuda", rounding=round_up, adopt=True, timeline=timeline)
     try:
         with counter or nullcontext():
             yield measured
@@ -139,7 +166,6 @@ def measure_gpu_memory(*, breakdown: bool = True) -> Iterator[MeasuredMemory]:
 
 
 def _start(device: torch.device) -> tuple[int, int]:
-    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
 
@@ -174,11 +200,46 @@ def measure_cpu_memory() -> Iterator[MeasuredMemory]:
         measured._open = False
 
 
+def measure_memory_left(cycle: Callable[[], object], *, cycles: int = 3) -> Measurement:
+    """Bytes of tensors that ``cycles`` runs of ``cycle()`` made and something still holds.
+
+    It is run once before, since what is made once and kept, such as a table of a library's, is no
+    leak; and garbage is collected after each run, so that what is left has an owner.
+
+    Returns:
+        Bytes, exactly, on whatever devices; its notes name the largest tensors (of 64 KiB and
+        more) with the operators and modules that made them.
+
+    Raises:
+        UsageError: ``cycles`` is not a positive whole number.
+    """
+    if not isinstance(cycles, int) or cycles < 1:
+        raise UsageError(f"cycles {cycles!r} is not a positive whole number")
+    cycle()
+    gc.collect()
+    counter = LiveBytes(adopt=True)
+    with counter:
+        for _ in range(cycles):
+            cycle()
+            gc.collect()
+    return Measurement(
+        value=counter.live,
+        unit=f"bytes of tensors left by {cycles} cycles",
+        count=cycles,
+        details={
+            "left": [asdict(tensor) for tensor in counter.left()],
+            "notes": [f"left: {tensor}" for tensor in counter.left()],
+        },
+    )
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception, or what led to it, is a device running out of memory."""
     kind: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
     while error is not None:
         if isinstance(error, kind):
+            return True
+        if isinstance(error, RuntimeError) and _EXHAUSTED.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -6,14 +6,17 @@ One picture for both colour schemes: its colours follow ``prefers-color-scheme``
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import groupby
+from typing import Any
 
 from pytest_lora.errors import UsageError
 from pytest_lora.memory.records import CATEGORIES, MemoryPeak, Moment
+from pytest_lora.records import Json
 from pytest_lora.sizes import format_bytes
 
-__all__ = ["memory_svg"]
+__all__ = ["curve_of", "curve_svg", "memory_svg"]
 
 _COLOURS = {
     "frozen": "#7f8c9b",
@@ -29,7 +32,7 @@ _COLOURS = {
 """Told apart with colour vision deficiencies too (M. Okabe, K. Ito, "Color Universal Design")."""
 WIDTH, HEIGHT = 860, 420
 LEFT, RIGHT, TOP, BOTTOM = 76, 190, 48, 44
-COLUMNS = 240
+COLUMNS, CURVE_COLUMNS = 240, 120
 """Operators are drawn in at most so many columns, each by its fullest moment."""
 _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#1f2328}.title{font-size:15px;font-weight:600}"
@@ -46,13 +49,53 @@ def memory_svg(peak: MemoryPeak, *, title: str = "Memory over one training step"
     Raises:
         UsageError: there is no timeline.
     """
+    return _svg(_columns(_timeline(peak), COLUMNS), title)
+
+
+def curve_of(peak: MemoryPeak) -> dict[str, Json]:
+    """The timeline as a small JSON object, for reports; :func:`curve_svg` draws it.
+
+    ``columns`` holds at most 120 lists of bytes in the order of ``categories``, each the fullest
+    moment of its stretch of the ``operators``; ``phases`` says how many columns each phase has,
+    in order; ``op`` is the operator at the peak.
+
+    Raises:
+        UsageError: there is no timeline.
+    """
+    moments = _columns(_timeline(peak), CURVE_COLUMNS)
+    phases = groupby(moments, lambda moment: moment.phase)
+    return {
+        "categories": list(CATEGORIES),
+        "phases": [[phase, len(list(columns))] for phase, columns in phases],
+        "columns": [list(moment.columns) for moment in moments],
+        "operators": len(peak.timeline),
+        "op": max(moments, key=_total).op,
+    }
+
+
+def curve_svg(curve: Mapping[str, Any], *, title: str = "Memory") -> str:
+    """The picture of what :func:`curve_of` made."""
+    phases = [phase for phase, count in curve["phases"] for _ in range(count)]
+    place = [curve["categories"].index(name) for name in CATEGORIES]
+    moments = [
+        Moment(phase, curve["op"], tuple(columns[index] for index in place))
+        for phase, columns in zip(phases, curve["columns"], strict=True)
+    ]
+    return _svg(moments, title)
+
+
+def _timeline(peak: MemoryPeak) -> Sequence[Moment]:
     if not peak.timeline:
         raise UsageError("no timeline was kept: predict or measure with timeline=True")
-    moments = _columns(peak.timeline)
-    scale = _Scale(len(moments), max(_total(moment) for moment in moments))
+    return peak.timeline
+
+
+def _svg(moments: Sequence[Moment], title: str) -> str:
+    most = max(map(_total, moments))
+    scale = _Scale(len(moments), most)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}, peak {format_bytes(peak.live)}">',
+        f'aria-label="{escape(title)}, peak {format_bytes(most)}">',
         f"<style>{_STYLE}</style>",
         f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>',
         *_grid(scale),
@@ -91,9 +134,9 @@ def _total(moment: Moment) -> int:
     return sum(moment.columns)
 
 
-def _columns(timeline: Sequence[Moment]) -> list[Moment]:
+def _columns(timeline: Sequence[Moment], most: int) -> list[Moment]:
     """The timeline thinned out: of each stretch the fullest moment, so that peaks stay."""
-    size = max(1, math.ceil(len(timeline) / COLUMNS))
+    size = max(1, math.ceil(len(timeline) / most))
     stretches = [timeline[start : start + size] for start in range(0, len(timeline), size)]
     return [max(stretch, key=_total) for stretch in stretches]
 

@@ -1,13 +1,14 @@
-"""The peak memory of a step on a GPU, from configurations alone."""
+"""The peak memory of a training step or another job on a GPU, from configurations alone."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_lora.errors import UsageError
+from pytest_lora.installed import installed_version
 from pytest_lora.loading import parse_dtype
 from pytest_lora.memory.depth import extrapolate as from_shallow
 from pytest_lora.memory.kernels import CudaKernels
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_lora.memory.workload import MakeOptimizer, Step
+    from pytest_lora.safetensors_header import TensorInfo
 
-__all__ = ["MARGIN", "make_workload", "predict_memory"]
+__all__ = ["MARGIN", "make_workload", "predict_memory", "predict_workload"]
 
 MARGIN = 0.05
 """Relative error that verdicts allow for.
@@ -35,10 +37,13 @@ def predict_memory(
     model: PretrainedConfigLike,
     adapter: AdapterLike = None,
     *,
-    batch: int,
-    sequence: int,
+    job: str = "train_step",
+    batch: int | None = None,
+    sequence: int | None = None,
+    new_tokens: int = 0,
     dtype: str | torch.dtype = "bfloat16",
     adapter_dtype: str | torch.dtype = "auto",
+    autocast: str | torch.dtype = "",
     attention: str = "sdpa",
     checkpointing: bool | str = False,
     quantisation: str = "",
@@ -54,26 +59,32 @@ def predict_memory(
     extrapolate: bool = False,
     timeline: bool = False,
 ) -> MemoryPrediction:
-    """Predicted peak of allocated CUDA memory of one training step.
+    """Predicted peak of allocated CUDA memory of one training step, or of another ``job``.
 
     Nothing is downloaded but a configuration, no weights are made, and no GPU is asked for: the
-    step runs on the meta device, every storage it makes is counted, and operators that CUDA would
+    job runs on the meta device, every storage it makes is counted, and operators that CUDA would
     run differently are replaced.  The method, what it has been held against and what it cannot see:
     docs/memory.md.
 
     Args:
         model: a transformers configuration, a model directory, or an id on the hub.
         adapter: a PEFT configuration or an adapter folder; None trains the whole model.
-        batch: rows of one batch.
-        sequence: tokens of a row.
+        job: "train_step"; "inference" (a forward pass, or ``generate()`` with ``new_tokens``);
+            "load" (the adapter put on a base that is on the card); "merge" (``merge_and_unload``).
+        batch: rows of one batch; needed for a training step and inference.
+        sequence: tokens of a row, of the prompt where tokens are generated; needed likewise.
+        new_tokens: tokens to generate, greedily and with a cache; none ends early.
         dtype: of the base model.
         adapter_dtype: of the adapter; "auto" is PEFT's own rule, float32 on a half-precision base.
+        autocast: "" or the format of a ``torch.autocast`` around the forward pass: "bfloat16" for
+            what ``transformers.Trainer(bf16=True)`` does; see :mod:`pytest_lora.memory.autocast`.
         attention: attention implementation of transformers: "sdpa" or "eager".
         checkpointing: False, True (as transformers recommends: "non-reentrant"), or "reentrant".
         quantisation: "" or "nf4", "nf4-single" (without double quantisation), "fp4", "fp4-single".
         optimizer: "adamw", "adamw_fused", "adamw_foreach", "adamw_loop", "adam", "sgd",
-            "sgd_momentum", "adagrad", "rmsprop", "adafactor", or a function from a list of
-            parameters to a torch optimizer.
+            "sgd_momentum", "adagrad", "rmsprop", "adafactor"; of bitsandbytes "adam_8bit",
+            "adamw_8bit", "lion_8bit", and "paged_adamw" and "paged_lion" with "_32bit" or "_8bit";
+            or a function from a list of parameters to an optimizer.
         padding: "padded" (a mask with padding, the default and the most memory), "full" (a mask
             without), "none" (no mask).
         accumulation: batches per optimizer step.
@@ -91,17 +102,17 @@ def predict_memory(
         NotPredictable: memory depends on something a trace does not know; the message names it.
         UsageError: an argument cannot be meant.
     """
-    if not 0 <= margin < 1:
-        raise UsageError(f"margin {margin!r} is not a share between 0 and 1")
-    started = time.process_time()
     card = find_profile(profile)
     workload = make_workload(
         model,
         adapter,
+        job=job,
         batch=batch,
         sequence=sequence,
+        new_tokens=new_tokens,
         dtype=dtype,
         adapter_dtype=adapter_dtype,
+        autocast=autocast,
         attention=attention,
         checkpointing=checkpointing,
         quantisation=quantisation,
@@ -113,32 +124,59 @@ def predict_memory(
         inputs=inputs,
         step=step,
     )
+    return predict_workload(
+        workload, card, margin=margin, extrapolate=extrapolate, timeline=timeline
+    )
+
+
+def predict_workload(
+    workload: Workload,
+    card: GpuProfile,
+    *,
+    margin: float = MARGIN,
+    extrapolate: bool = False,
+    timeline: bool = False,
+) -> MemoryPrediction:
+    """The same for a workload that has been made already."""
+    if not 0 <= margin < 1:
+        raise UsageError(f"margin {margin!r} is not a share between 0 and 1")
+    started = time.process_time()
     found = _shallow(workload, card) if extrapolate else None
     found = found or _whole(workload, card, timeline=timeline)
-    peak, allocated, reserved, kernels, method = found
     return MemoryPrediction(
-        peak=peak,
-        allocated=allocated,
-        reserved=reserved,
-        workspaces=card.workspaces,
+        peak=found.peak,
+        allocated=found.allocated,
+        reserved=found.reserved,
+        workspaces=found.handles * card.cublas_workspace,
         margin=margin,
         profile=card.name,
         usable=card.usable,
-        kernels=kernels,
+        kernels=found.kernels,
         request=workload.describe(),
         versions=versions(),
-        method=method,
+        method=found.method,
         seconds=time.process_time() - started,
+        managed=found.managed,
     )
 
 
 PretrainedConfigLike = Any
 """A ``transformers.PretrainedConfig``, a path, or an id on the hub."""
 AdapterLike = Any
-"""A ``peft.PeftConfig``, the path of an adapter folder, or None."""
+"""A ``peft.PeftConfig``, an adapter or the path of its folder, or None."""
 
 _CHECKPOINTING = {False: "", True: "non-reentrant"}
-_Found = tuple[MemoryPeak, "int | None", "int | None", dict[str, int], str]
+
+
+class _Found(NamedTuple):
+    peak: MemoryPeak
+    allocated: int | None
+    reserved: int | None
+    kernels: dict[str, int]
+    handles: int
+    """Of cuBLAS: one for each thread that multiplies, forward and backward being two."""
+    managed: int
+    method: str
 
 
 def _whole(workload: Workload, card: GpuProfile, *, timeline: bool) -> _Found:
@@ -146,26 +184,41 @@ def _whole(workload: Workload, card: GpuProfile, *, timeline: bool) -> _Found:
     counter = trace_on_cuda(workload, kernels, timeline=timeline)
     replayed = counter.allocator
     assert replayed is not None
-    return (
+    return _Found(
         counter.peak,
         replayed.peak_allocated,
         replayed.peak_reserved,
         dict(kernels.chosen),
+        len(counter.multiplying),
+        counter.left_out,
         "traced whole",
     )
 
 
 def _shallow(workload: Workload, card: GpuProfile) -> _Found | None:
-    def trace(shallow: Workload) -> tuple[MemoryPeak, Mapping[str, int]]:
-        kernels = CudaKernels(card.attention)
-        peak = trace_on_cuda(shallow, kernels, replay=False, timeline=True).peak
-        return peak, kernels.chosen
+    last = None
 
-    found = from_shallow(workload, trace)
-    if found is None:
+    def trace(shallow: Workload) -> tuple[MemoryPeak, Mapping[str, int]]:
+        nonlocal last
+        kernels = CudaKernels(card.attention)
+        last = trace_on_cuda(shallow, kernels, replay=False, timeline=True)
+        if last.left_out:
+            raise _Unfit
+        return last.peak, kernels.chosen
+
+    try:
+        found = from_shallow(workload, trace)
+    except _Unfit:
+        return None
+    if found is None or last is None:
         return None
     peak, kernels = found
-    return peak, None, None, dict(kernels), "extrapolated exactly from three depths"
+    method = "extrapolated exactly from three depths"
+    return _Found(peak, None, None, dict(kernels), len(last.multiplying), 0, method)
+
+
+class _Unfit(Exception):
+    """What is left out of the count is not followed through the depths."""
 
 
 def make_workload(
@@ -174,7 +227,11 @@ def make_workload(
     *,
     dtype: str | torch.dtype,
     adapter_dtype: str | torch.dtype = "auto",
+    autocast: str | torch.dtype = "",
     checkpointing: bool | str = False,
+    job: str = "train_step",
+    batch: int | None = None,
+    sequence: int | None = None,
     **others: Any,
 ) -> Workload:
     """A workload from arguments as :func:`predict_memory` takes them.
@@ -186,23 +243,45 @@ def make_workload(
     base = parse_dtype(dtype)
     if base is None:
         raise UsageError("dtype: a prediction needs a format, not auto, as in dtype='bfloat16'")
+    if job in ("train_step", "inference") and (batch is None or sequence is None):
+        raise UsageError(f"the memory of a {job} depends on batch and sequence: give both")
     how = checkpointing if isinstance(checkpointing, str) else _CHECKPOINTING[checkpointing]
     return Workload(
         config=read_config(model),
         adapter=read_adapter_config(adapter),
+        file=_tensors_of(adapter),
+        job=job,
+        batch=1 if batch is None else batch,
+        sequence=1 if sequence is None else sequence,
         dtype=base,
         adapter_dtype=parse_dtype(adapter_dtype),
+        autocast=_half(autocast) if autocast else None,
         checkpointing=how,
         **others,
     )
 
 
+def _half(autocast: str | torch.dtype) -> torch.dtype:
+    """The format of that name; "auto", which would be none, is no format of autocast."""
+    try:
+        found = parse_dtype(autocast)
+    except UsageError:
+        found = None
+    if found is None:
+        raise UsageError(f"autocast {autocast!r} is neither bfloat16 nor float16")
+    return found
+
+
+def _tensors_of(adapter: AdapterLike) -> Mapping[str, TensorInfo] | None:
+    """The tensors of an adapter's file, where it is given as a folder."""
+    from pytest_lora.adapter import Adapter, read_adapter
+
+    known = read_adapter(adapter) if isinstance(adapter, str | Path) else adapter
+    return known.tensors if isinstance(known, Adapter) else None
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that a prediction depends on."""
-    found = {}
-    for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    found = {name: installed_version(name) for name in names}
+    return {name: version for name, version in found.items() if version is not None}

@@ -22,14 +22,14 @@ The numbers of kernels and workspaces are read from source, not measured on thes
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from pytest_lora.errors import UsageError
+from pytest_lora.names import meant
+from pytest_lora.sizes import GIB
 
 __all__ = ["PROFILES", "GpuProfile", "find_profile"]
 
-GIB = 1 << 30
 MIB = 1 << 20
 _WORKSPACE, _HOPPER_WORKSPACE = 8 * MIB + 128 * 1024, 32 * MIB
 _FLASH_FIRST = ("flash", "efficient", "math")
@@ -57,11 +57,6 @@ class GpuProfile:
     def usable(self) -> int:
         """What torch's allocator can hand out."""
         return self.total - self.context
-
-    @property
-    def workspaces(self) -> int:
-        """Bytes of cuBLAS workspaces that a training step leaves allocated: two handles."""
-        return 2 * self.cublas_workspace
 
 
 def _card(name: str, gib: float, workspace: int = _WORKSPACE) -> GpuProfile:
@@ -101,7 +96,6 @@ def find_profile(name: str | GpuProfile) -> GpuProfile:
     wanted = CLASSES.get(name.lower(), name.lower())
     if wanted not in PROFILES:
         known = [*PROFILES, *CLASSES]
-        near = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = meant(wanted, known)
         raise UsageError(f"GPU profile {name!r} is none of {', '.join(known)}{hint}")
     return PROFILES[wanted]

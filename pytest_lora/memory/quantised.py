@@ -9,18 +9,24 @@ and an absolute maximum per block: float32, or with double quantisation one byte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.loading import quiet
+from pytest_lora.memory.patching import replaced
 
 if TYPE_CHECKING:
+    from pytest_lora.memory.livebytes import LiveBytes
     from pytest_lora.memory.workload import Workload
 
-__all__ = ["KINDS", "quantise"]
+__all__ = ["KINDS", "merges_on_meta", "quantise"]
 
 KINDS = {
     "nf4": ("nf4", True),
@@ -35,7 +41,7 @@ KEPT = ("lm_head", "score", "classifier", "qa_outputs")
 
 
 def quantise(model: Any, workload: Workload, device: str) -> Any:
-    """``model`` with its linear layers in 4 bits, prepared for training as PEFT recommends.
+    """``model`` with its linear layers in 4 bits, for training prepared as PEFT recommends.
 
     ``prepare_model_for_kbit_training`` casts what is left in half precision to float32, which the
     prediction shows as part of the frozen base.
@@ -64,12 +70,62 @@ def quantise(model: Any, workload: Workload, device: str) -> Any:
     return _prepared(model, workload)
 
 
+@contextmanager
+def merges_on_meta(counter: LiveBytes, *, through_host: bool) -> Iterator[None]:
+    """PEFT's merge of layers in 4 bits, where they have shapes alone.
+
+    It takes the sum of the weight and its update to the host and from there to the layer's device
+    again, which quantises it.  bitsandbytes leaves weights on the meta device as they are, and
+    torch cannot bring one to the host.
+
+    Args:
+        counter: what counts.
+        through_host: the device is not the host: the second journey ends in another storage.
+    """
+    import bitsandbytes
+
+    hosted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.device.type == "meta" and args == ("cpu",):
+            return host(tensor)
+        if tensor.untyped_storage() in hosted:
+            return tensor.clone()
+        return torch._C.TensorBase.to(tensor, *args, **kwargs)
+
+    def host(tensor: torch.Tensor) -> torch.Tensor:
+        if not through_host:
+            return tensor
+        with _disable_current_modes():
+            copy = torch.empty_like(tensor)
+        counter.pass_over(copy)
+        hosted[copy.untyped_storage()] = True
+        return copy
+
+    def quantised(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if weight.bnb_quantized:
+            return original(weight, *args, **kwargs)
+        return weight._quantize(*args)
+
+    kind: Any = bitsandbytes.nn.Params4bit
+    original = kind.to
+    codes = {**bitsandbytes.functional.name2qmap, "dynamic": torch.empty(256, device="meta")}
+    with (
+        replaced(torch.Tensor, "to", to),
+        replaced(kind, "to", quantised),
+        replaced(bitsandbytes.functional, "name2qmap", codes),
+    ):
+        yield
+
+
 def _prepared(model: Any, workload: Workload) -> Any:
     from peft import prepare_model_for_kbit_training
     from transformers.utils.quantization_config import QuantizationMethod
 
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    if workload.job != "train_step":
+        return model
     return prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=bool(workload.checkpointing),
@@ -115,6 +171,7 @@ def _empty(bnb: Any, layer: nn.Linear, kind: str, double: bool, dtype: torch.dty
         bnb_quantized=True,
     )
     made.quant_state = state
+    made.bias = layer.bias
     return made
 
 

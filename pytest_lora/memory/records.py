@@ -158,6 +158,8 @@ class MemoryPrediction:
         versions: of the libraries that were traced.
         method: how the number came about, in words.
         seconds: CPU time it took.
+        managed: bytes of paged optimizer states, which GPU and host share and CUDA moves; torch's
+            allocator does not count them, nor does the prediction.
     """
 
     peak: MemoryPeak
@@ -172,6 +174,7 @@ class MemoryPrediction:
     versions: Mapping[str, str]
     method: str
     seconds: float = 0.0
+    managed: int = 0
 
     @property
     def predicted(self) -> int:
@@ -206,6 +209,7 @@ class MemoryPrediction:
             "versions": dict(self.versions),
             "method": self.method,
             "seconds": self.seconds,
+            "managed": self.managed,
         }
 
     @classmethod
@@ -221,8 +225,15 @@ class MemoryPrediction:
             f"{format_bytes(self.at_most)}) on {self.profile}, {self.method}",
             f"assumed kernels: {kernels or 'none to choose'}; cuBLAS workspaces "
             f"{format_bytes(self.workspaces)}",
+            *self._beside(),
             *self.peak.lines(),
         ]
+
+    def _beside(self) -> list[str]:
+        if not self.managed:
+            return []
+        size = format_bytes(self.managed)
+        return [f"beside it {size} of paged optimizer states, which move to the host if need be"]
 
 
 def grouped(tensors: Sequence[LargeTensor], limit: int = 8) -> tuple[LargeTensor, ...]:

@@ -9,13 +9,16 @@ stay unknown, and a question about their values raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pytest_lora.memory.patching import replaced
 from pytest_lora.memory.records import NotPredictable
 
 __all__ = ["Shadows"]
@@ -38,6 +41,24 @@ class Shadows:
         if not _has_fractions(tensor):
             self._values[empty] = tensor
         return empty
+
+    @contextlib.contextmanager
+    def constants(self) -> Iterator[None]:
+        """``torch.tensor`` on the meta device makes known tensors, and storage that is counted.
+
+        There it drops the value without a word to the dispatcher; on a real device neither happens.
+        """
+        original = torch.tensor
+
+        def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+            if device is None or torch.device(device).type != "meta":
+                return original(data, device=device, **options)
+            with _disable_current_modes():
+                value = original(data, device="cpu", **options)
+            return self.to_meta(value)
+
+        with replaced(torch, "tensor", tensor):
+            yield
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """``func(*args, **kwargs)``, on the copies as well where all values are known.

@@ -1,4 +1,4 @@
-"""One training step as it was asked for, and the model, batches and optimizer it takes.
+"""A workload as it was asked for, and the model, batches and optimizer it takes.
 
 The same code builds them on the meta device for a prediction and on a real one for the truth.
 """
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_lora.errors import UsageError
+from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.loading import _dtype_keyword, base_config, one_line, quiet
+from pytest_lora.memory import paged
+from pytest_lora.memory.autocast import HALF, region
 from pytest_lora.memory.records import NotPredictable
 from pytest_lora.records import Json
+from pytest_lora.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -27,9 +30,13 @@ if TYPE_CHECKING:
     MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 __all__ = [
+    "JOBS",
     "PADDINGS",
     "Batch",
     "Workload",
+    "add_adapter",
+    "checkpoint",
+    "make_base",
     "make_batches",
     "make_model",
     "make_optimizer",
@@ -39,6 +46,7 @@ __all__ = [
 ]
 
 Batch = dict[str, torch.Tensor]
+JOBS = ("train_step", "inference", "load", "merge")
 PADDINGS = ("none", "full", "padded")
 """No attention mask; one without padding; one with it, which is what most loaders make."""
 CHECKPOINTING = ("", "non-reentrant", "reentrant")
@@ -70,10 +78,13 @@ class Workload:
 
     config: PretrainedConfig
     adapter: PeftConfig | None
-    batch: int
-    sequence: int
+    job: str = "train_step"
+    batch: int = 1
+    sequence: int = 1
+    new_tokens: int = 0
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype | None = None
+    autocast: torch.dtype | None = None
     attention: str = "sdpa"
     checkpointing: str = ""
     quantisation: str = ""
@@ -84,6 +95,8 @@ class Workload:
     task: str = ""
     inputs: Mapping[str, torch.Tensor] | None = None
     step: Step | None = None
+    file: Mapping[str, TensorInfo] | None = None
+    """Tensors of the adapter's file, where there is one; a load has them beside the weights."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the optimizer."""
 
@@ -92,16 +105,27 @@ class Workload:
             count = getattr(self, name)
             if not isinstance(count, int) or count < 1:
                 raise UsageError(f"{name} {count!r} is not a positive whole number")
+        if not isinstance(self.new_tokens, int) or self.new_tokens < 0:
+            raise UsageError(f"new_tokens {self.new_tokens!r} is not a whole number, 0 or more")
+        if self.autocast not in (None, *HALF):
+            raise UsageError(f"autocast {_name(self.autocast)!r} is neither bfloat16 nor float16")
+        _one_of("job", self.job, JOBS)
         _one_of("padding", self.padding, PADDINGS)
         _one_of("checkpointing", self.checkpointing, CHECKPOINTING)
         if isinstance(self.optimizer, str):
-            _one_of_optimizers(self.optimizer)
+            _one_of("optimizer", self.optimizer, (*OPTIMIZERS, *paged.OPTIMIZERS))
 
     @property
     def model_task(self) -> str:
         """The task: the one given, else the adapter's, else that of the model's architecture."""
         given = self.task or getattr(self.adapter, "task_type", None) or ""
         return str(getattr(given, "value", given))
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the adapter's method, for messages."""
+        kind = getattr(self.adapter, "peft_type", "no adapter")
+        return str(getattr(kind, "value", kind))
 
     @property
     def vocabulary(self) -> int | None:
@@ -132,6 +156,7 @@ class Workload:
             "sequence": self.sequence,
             "dtype": _name(self.dtype),
             "adapter_dtype": _name(self.adapter_dtype) if self.adapter_dtype else "auto",
+            "autocast": _name(self.autocast) if self.autocast else "off",
             "attention": self.attention,
             "checkpointing": self.checkpointing or "off",
             "quantisation": self.quantisation or "none",
@@ -139,6 +164,8 @@ class Workload:
             "padding": self.padding,
             "accumulation": self.accumulation,
             "clip": self.clip,
+            "job": self.job,
+            "new_tokens": self.new_tokens,
             "step": "custom" if self.step else "one optimizer step",
         }
 
@@ -161,15 +188,6 @@ def _one_of(what: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         names = ", ".join(repr(name) for name in known)
         raise UsageError(f"{what} {given!r} is none of {names}")
-
-
-def _one_of_optimizers(name: str) -> None:
-    if "8bit" in name or "paged" in name or "4bit" in name:
-        raise NotPredictable(
-            f"optimizer {name!r} cannot be predicted: its kernels run on a GPU only, and paged "
-            "states move between GPU and host; pass an optimizer of torch"
-        )
-    _one_of("optimizer", name, tuple(OPTIMIZERS))
 
 
 # ------------------------------------------------------------------------------- reading
@@ -202,18 +220,21 @@ def read_config(source: Any) -> PretrainedConfig:
 
 
 def read_adapter_config(source: Any) -> PeftConfig | None:
-    """A PEFT configuration: as given, or of an adapter folder; None stays None (full training).
+    """A PEFT configuration: as given, or of an adapter; None stays None (full training).
 
     Raises:
         UsageError: no such folder, or not a configuration.
     """
-    if source is None or hasattr(source, "peft_type"):
-        return source
-    from pytest_lora.adapter import read_adapter
+    from pytest_lora.adapter import Adapter, read_adapter
 
-    if not isinstance(source, str | Path):
-        raise UsageError(f"an adapter is a PEFT config or its folder, not {source!r}")
-    return _from_file(dict(read_adapter(source).config), str(source))
+    if source is None or (hasattr(source, "peft_type") and not isinstance(source, Adapter)):
+        return source
+    if not isinstance(source, str | Path | Adapter):
+        raise UsageError(f"an adapter is a PEFT config, an adapter or its folder, not {source!r}")
+    adapter = source if isinstance(source, Adapter) else read_adapter(source)
+    if not adapter.config and adapter.problems:
+        raise UsageError(f"{adapter.path}: {adapter.problems[0]}")
+    return _from_file(dict(adapter.config), str(adapter.path))
 
 
 def _from_file(data: dict[str, Any], name: str) -> PeftConfig:
@@ -240,41 +261,67 @@ def _from_file(data: dict[str, Any], name: str) -> PeftConfig:
 
 
 def make_model(workload: Workload, device: str) -> torch.nn.Module:
-    """The adapted model in train mode on ``device``; on "meta" it has shapes and no memory.
+    """The adapted model on ``device``, in train mode for training and else in eval mode; on "meta"
+    it has shapes and no memory.
 
     Raises:
         NotPredictable: transformers or PEFT cannot build this model here.
     """
+    return _built(workload, device, _model)
+
+
+def make_base(workload: Workload, device: str) -> torch.nn.Module:
+    """The same without its adapter."""
+    return _built(workload, device, _base)
+
+
+def _built(
+    workload: Workload, device: str, build: Callable[[Workload, str], Any]
+) -> torch.nn.Module:
     try:
         with quiet(), torch.device(device):
-            return _build(workload, device)
-    except (NotPredictable, UsageError):
+            model: torch.nn.Module = build(workload, device)
+            model.train(workload.job == "train_step")
+            return model
+    except (CannotRun, UsageError):  # in our own words already
         raise
     except Exception as error:  # whatever transformers or PEFT raise on a configuration
         raise NotPredictable(f"this model cannot be built: {one_line(error)}") from None
 
 
-def _build(workload: Workload, device: str) -> torch.nn.Module:
-    model = _base(workload)
+def _model(workload: Workload, device: str) -> Any:
+    model = _base(workload, device)
+    return model if workload.adapter is None else add_adapter(model, workload)
+
+
+def _base(workload: Workload, device: str) -> Any:
+    model = _plain_base(workload)
+    if workload.job != "train_step":
+        model.requires_grad_(False)
     if workload.quantisation:
         from pytest_lora.memory.quantised import quantise
 
         model = quantise(model, workload, device)
-    if workload.checkpointing:
-        options = {"use_reentrant": workload.checkpointing == "reentrant"}
+    if workload.job == "train_step":
+        checkpoint(model, workload)
+    return model
+
+
+def checkpoint(model: Any, workload: Workload) -> None:
+    """Have ``model`` recompute its blocks in backward, where the workload says so."""
+    if not workload.checkpointing:
+        return
+    options = {"use_reentrant": workload.checkpointing == "reentrant"}
+    with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        model.enable_input_require_grads()
-    if workload.adapter is not None:
-        model = _adapted(model, workload)
-    trained: torch.nn.Module = model.train()
-    return trained
+    model.enable_input_require_grads()
 
 
-def _base(workload: Workload) -> Any:
+def _plain_base(workload: Workload) -> Any:
     import transformers
 
     config = copy.deepcopy(workload.config)
-    config.use_cache = False
+    config.use_cache = workload.job == "inference"
     name = _TASKS.get(workload.model_task) or _architecture(config)
     cls = getattr(transformers, name)
     build = cls.from_config if name.startswith("Auto") else cls._from_config
@@ -291,7 +338,8 @@ def _architecture(config: Any) -> str:
     return "AutoModelForCausalLM"
 
 
-def _adapted(model: Any, workload: Workload) -> Any:
+def add_adapter(model: Any, workload: Workload) -> Any:
+    """``model`` with the workload's adapter, whose weights are on the model's device."""
     from peft import get_peft_model
 
     config = copy.deepcopy(workload.adapter)
@@ -308,7 +356,10 @@ def _adapted(model: Any, workload: Workload) -> Any:
 
 
 def make_batches(workload: Workload) -> list[Batch]:
-    """The batches of one optimizer step, on the CPU, with contents that are always the same."""
+    """The batches of one optimizer step, on the CPU, with contents that are always the same.
+
+    For inference without labels, and for ``generate()`` always with a mask, which it would make.
+    """
     if workload.inputs is not None:
         return [dict(workload.inputs) for _ in range(workload.accumulation)]
     if workload.vocabulary is None:
@@ -323,12 +374,15 @@ def _batch(workload: Workload, generator: torch.Generator) -> Batch:
     rows, length = workload.batch, workload.sequence
     vocabulary = workload.vocabulary or 1
     ids = torch.randint(vocabulary, (rows, length), generator=generator)
-    batch = {"input_ids": ids, **_labels(workload, ids)}
-    if workload.padding != "none":
+    training = workload.job == "train_step"
+    batch = {"input_ids": ids, **(_labels(workload, ids) if training else {})}
+    if workload.padding != "none" or workload.new_tokens:
         mask = torch.ones_like(ids)
         if workload.padding == "padded":
             mask[:, : max(1, length // 4)] = 0
         batch["attention_mask"] = mask
+    if not training and not workload.new_tokens and workload.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids.clone()
     return batch
 
 
@@ -348,6 +402,7 @@ def make_optimizer(workload: Workload, model: torch.nn.Module) -> torch.optim.Op
     """The optimizer over everything trainable.
 
     Raises:
+        CannotRun: it is one of bitsandbytes, which is not installed.
         NotPredictable: nothing is trainable, or this torch lacks the optimizer.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -355,6 +410,8 @@ def make_optimizer(workload: Workload, model: torch.nn.Module) -> torch.optim.Op
         raise NotPredictable("nothing in this model is trainable, so there is no training step")
     if not isinstance(workload.optimizer, str):
         return workload.optimizer(parameters)
+    if workload.optimizer in paged.OPTIMIZERS:
+        return paged.make(workload.optimizer, parameters, lr=1e-4, **workload.options)
     name, options = OPTIMIZERS[workload.optimizer]
     cls = getattr(torch.optim, name, None)
     if cls is None:
@@ -370,10 +427,15 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     clip: float | None = None,
+    autocast: torch.dtype | None = None,
 ) -> None:
-    """One optimizer step over ``batches``, as a plain loop does it: only the graph is kept."""
+    """One optimizer step over ``batches``, as a plain loop does it: only the graph is kept.
+
+    ``autocast`` is the format of ``torch.autocast`` around the forward pass, None for none.
+    """
     for batch in batches:
-        loss = model(**batch).loss / len(batches)
+        with region(batch, autocast):
+            loss = model(**batch).loss / len(batches)
         loss.backward()
         del loss
     if clip is not None:

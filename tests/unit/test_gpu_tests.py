@@ -126,6 +126,52 @@ def test_after_a_lost_context_gpu_tests_stop_with_the_cause(
     result.stdout.fnmatch_lines(["*test_poisons left the CUDA context unusable*illegal memory*"])
 
 
+def test_a_lost_context_is_known_beneath_our_own_errors() -> None:
+    error = ValueError("the model fails on the probe inputs")
+    error.__context__ = RuntimeError("CUDA error: device-side assert triggered")
+    assert gpu_tests._cuda_error(error)
+    error.__context__ = RuntimeError("shapes cannot be multiplied")
+    assert not gpu_tests._cuda_error(error)
+    assert not gpu_tests._cuda_error(None)
+
+
+def test_what_a_test_started_on_a_device_fails_in_that_test(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel's fault is seen where somebody waits for it: after the test, not in the next one."""
+    started: list[str] = []
+
+    def wait(_device: int) -> None:
+        if started:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch, "started", started, raising=False)
+    pytester.makepyfile(
+        """
+        import pytest, torch
+
+        @pytest.mark.gpu
+        def test_is_sound():
+            pass
+
+        @pytest.mark.gpu
+        def test_launches_a_bad_kernel():
+            torch.started.append("kernel")
+
+        @pytest.mark.gpu
+        def test_comes_next():
+            pass
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:randomly", "-rs")
+    result.assert_outcomes(passed=1, failed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*test_launches_a_bad_kernel left the CUDA context unusable*"])
+
+
 def test_other_failures_do_not_stop_the_others(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ from pytest_lora.memory.records import MemoryPrediction  # noqa: E402
 from pytest_lora.memory_assertions import (  # noqa: E402
     assert_gpu_memory,
     assert_memory_unchanged,
+    assert_no_memory_left,
     judge_measured,
     limit_memory,
     out_of_memory,
@@ -118,6 +119,11 @@ def test_out_of_memory_is_known_beneath_other_errors() -> None:
     error = ValueError("wrapped")
     error.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
     assert is_out_of_memory(error)
+    # cuBLAS and the driver have errors of their own for it.
+    for said in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                 "CUDA error: out of memory", "CUDA driver error: out of memory"):  # fmt: skip
+        assert is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(ValueError("another"))
     assert not is_out_of_memory(None)
 
@@ -142,6 +148,81 @@ def test_an_error_in_the_block_is_the_blocks_own() -> None:
     assert block.allocated == 0
 
 
+class Cards:
+    """Stands for two devices, of which only the first is in use by this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self.allocated = [100, 0]
+        for name, stand_in in {
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "device_count": lambda: 2,
+            "init": lambda: self.done.append("init"),
+            "empty_cache": lambda: self.done.append("empty_cache"),
+            "synchronize": lambda index: self.done.append(f"wait {index}"),
+            "reset_peak_memory_stats": lambda device: self.done.append(f"reset {device}"),
+            "memory_allocated": lambda device: self.allocated[device.index],
+            "memory_reserved": lambda device: 2 * self.allocated[device.index],
+            "max_memory_allocated": lambda device: self.allocated[device.index] + 7,
+            "max_memory_reserved": lambda device: 2 * self.allocated[device.index] + 9,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(
+            torch._C, "_cuda_hasPrimaryContext", lambda index: index == 0, raising=False
+        )
+
+
+def test_a_device_that_is_not_in_use_gets_no_context_by_being_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cards = Cards(monkeypatch)
+    with measure_gpu_memory(breakdown=False) as found:
+        cards.allocated[0] += 50
+    assert cards.done == ["init", "wait 0", "empty_cache", "reset cuda:0", "reset cuda:1"]
+    assert found.devices == (
+        DeviceMemory("cuda:0", 57, 109, 100, 200, 50),
+        DeviceMemory("cuda:1", 7, 9, 0, 0, 0),
+    )
+
+
+# ------------------------------------------------------------------------------------- leaks
+
+
+def test_a_cycle_that_returns_to_the_start_leaves_nothing() -> None:
+    """Also one with a reference cycle, and one that fills a cache the first time it is run."""
+    cache: dict[str, Any] = {}
+
+    def cycle() -> None:
+        cache.setdefault("table", torch.ones(10))
+        layer = torch.nn.Linear(100, 100)
+        layer.itself = [layer]
+        layer(torch.ones(2, 100)).sum().backward()
+
+    assert assert_no_memory_left(cycle).value == 0
+
+
+def test_a_tensor_kept_is_a_leak_with_its_maker() -> None:
+    kept: list[Any] = []
+
+    def cycle() -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 300))
+        kept.append(model(torch.ones(300, 8)))
+
+    with pytest.raises(CheckFailed, match=r"addmm") as failure:
+        assert_no_memory_left(cycle, cycles=2)
+    result = failure.value.result
+    # Each output, its weight and its bias: the graph holds them.
+    assert result.measurement.value == 2 * 4 * (300 * 300 + 300 * 8 + 8 * 300 + 300)
+    assert "2 x " in str(result.measurement.notes)
+
+
+@pytest.mark.parametrize("cycles", [0, 1.5])
+def test_cycles_are_counted(cycles: Any) -> None:
+    with pytest.raises(UsageError, match="cycles"):
+        assert_no_memory_left(lambda: None, cycles=cycles)
+
+
 # ------------------------------------------------------------------------------------- advice
 
 
@@ -157,6 +238,10 @@ def test_advice_is_about_what_is_there_and_not_yet_done() -> None:
     assert "sdpa" not in first(attention="sdpa")
     assert "float32 copies" in first(sequence=512)
     assert "float32 copies" not in first(sequence=512, adapter_dtype="bfloat16")
+    small = {"dtype": "float32", "batch": 1, "sequence": 16}
+    assert "load the base in that format" in first(**small, autocast="bfloat16")
+    assert "casts" not in first(dtype="bfloat16", autocast="bfloat16")
+    assert "casts" not in first(**small)
 
 
 # -------------------------------------------------------------------------------- golden bytes

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,20 @@ def test_everything_lies_within_the_picture_and_long_steps_are_thinned_out() -> 
 
 def test_both_colour_schemes_are_in_it() -> None:
     assert "prefers-color-scheme:dark" in memory_svg(peak(STEP))
+
+
+def test_the_picture_of_the_documentation_is_one_of_these() -> None:
+    """Made by docs/make_pictures.py --memory, of the first cell of the table beside it."""
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "memory.md").read_text("utf-8")
+    assert "](memory-step.svg)" in page
+    svg = (docs / "memory-step.svg").read_text("utf-8")
+    assert "prefers-color-scheme:dark" in svg
+    texts = ["".join(item.itertext()) for item in ET.fromstring(svg).iter(f"{SVG}text")]
+    [peak] = [text for text in texts if text.startswith("peak ")]
+    # Beyond the tensors drawn there are 64 MiB of cuBLAS workspaces in the table.
+    assert "| plain | 26.4 GiB" in page
+    assert 26.2 < float(peak.split()[1]) < 26.45
 
 
 def test_without_a_timeline_there_is_nothing_to_draw() -> None:

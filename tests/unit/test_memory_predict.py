@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 
 import memory_cases as cases  # noqa: E402
-from stack import since  # noqa: E402
+from stack import follows_autocast, since  # noqa: E402
 
 from pytest_lora.errors import CannotRun, UsageError  # noqa: E402
+from pytest_lora.memory.accounting import account_adapter  # noqa: E402
 from pytest_lora.memory.depth import period  # noqa: E402
 from pytest_lora.memory.predict import make_workload, predict_memory  # noqa: E402
-from pytest_lora.memory.profiles import PROFILES, find_profile  # noqa: E402
+from pytest_lora.memory.profiles import CLASSES, PROFILES, find_profile  # noqa: E402
 from pytest_lora.memory.records import Fit, MemoryPrediction, NotPredictable  # noqa: E402
 
 MIB = 1 << 20
@@ -111,6 +114,13 @@ def test_a_class_is_its_tightest_card() -> None:
         assert find_profile(kind).usable == min(card.usable for card in of_kind)
 
 
+def test_the_table_of_cards_in_the_docs_is_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text("utf-8")
+    for card in PROFILES.values():
+        classes = ", ".join(f"`{name}`" for name, found in CLASSES.items() if found == card.name)
+        assert f"| `{card.name}` | {classes} | {card.usable / 2**30:.2f} |" in page
+
+
 # ------------------------------------------------------------------------------------ refusals
 
 
@@ -124,19 +134,13 @@ def test_a_step_that_reads_a_value_is_refused_by_name() -> None:
         predict(step=step)
 
 
-def test_a_step_under_autocast_is_refused_by_name() -> None:
+def test_a_step_under_autocast_of_another_device_is_refused_by_name() -> None:
     def step(model: Any, optimizer: Any, batches: Any) -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast("xpu", dtype=torch.bfloat16):
             model(**batches[0]).loss.backward()
 
-    with pytest.raises(NotPredictable, match=r"runs under torch\.autocast"):
+    with pytest.raises(NotPredictable, match=r"runs under torch\.autocast\('xpu'\)"):
         predict(step=step)
-
-
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
-def test_optimizers_that_run_on_a_gpu_only_are_refused_by_name(name: str) -> None:
-    with pytest.raises(NotPredictable, match=name):
-        predict(optimizer=name)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,8 @@ def test_optimizers_that_run_on_a_gpu_only_are_refused_by_name(name: str) -> Non
         ({"padding": "left"}, "padding 'left' is none of"),
         ({"checkpointing": "on"}, "checkpointing 'on' is none of"),
         ({"quantisation": "int3"}, "quantisation 'int3' is none of"),
+        ({"autocast": "int8"}, "autocast 'int8' is neither bfloat16 nor float16"),
+        ({"autocast": "auto"}, "autocast 'auto' is neither bfloat16 nor float16"),
         ({"dtype": "auto"}, "dtype"),
         ({"dtype": "bf8"}, "bf8"),
         ({"batch": 0}, "batch 0 is not a positive whole number"),
@@ -163,6 +169,8 @@ def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
         predict(config=5)
     with pytest.raises(UsageError, match="an adapter is"):
         predict(adapter=5)
+    with pytest.raises(UsageError, match=r"adapter_config\.json: missing"):
+        predict(adapter=tmp_path / "none")
     with pytest.raises(CannotRun, match=r"config\.json"):
         predict(config=tmp_path)
 
@@ -214,6 +222,64 @@ def test_the_users_own_batch_is_taken() -> None:
     assert own.peak.live == live(padding="none")
 
 
+# ------------------------------------------------------------------------------ bitsandbytes
+
+
+def test_eight_bit_states_are_those_of_the_paper() -> None:
+    """Two bytes an element, two float32 for each 256, tables shared; small ones in float32."""
+    pytest.importorskip("bitsandbytes")
+    adapter = cases.lora(r=64)
+    held = account_adapter(cases.llama(), adapter, optimizer="adamw_8bit").adapter
+    sizes = [64 * width for layer in SIDES.values() for width in layer] * 3  # layers
+    large, small = [n for n in sizes if n >= 4096], [n for n in sizes if n < 4096]
+    tables = 2 * 256 * 4
+    expected = sum(2 * n + 2 * 4 * -(-n // 256) for n in large) + sum(8 * n for n in small)
+    assert held.optimizer == expected + tables
+    assert held.parameters == sum(sizes)
+
+
+SIDES = {
+    "q": (128, 128), "k": (128, 32), "v": (128, 32), "o": (128, 128),
+    "gate": (128, 344), "up": (128, 344), "down": (344, 128),
+}  # fmt: skip
+
+
+def a_step(model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Any]) -> None:
+    """The step that is predicted where none is given, as a user would write it."""
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_paged_states_are_told_apart_from_what_is_counted() -> None:
+    """In managed memory is what is large, and the two together are what the plain one takes."""
+    pytest.importorskip("bitsandbytes")
+    step = {"adapter": cases.lora(r=512), "padding": "none"}
+    plain = predict(optimizer="adamw_8bit", **step)
+    paged = predict(optimizer="paged_adamw_8bit", **step)
+    large = [512 * width for layer in SIDES.values() for width in layer if 512 * width >= 100_000]
+    assert paged.managed == 2 * sum(large) * 3
+    assert paged.peak.live + paged.managed == plain.peak.live
+    assert plain.managed == 0
+    assert any("paged optimizer states" in line for line in paged.lines())
+    again = MemoryPrediction.from_dict(json.loads(json.dumps(paged.to_dict())))
+    assert again.managed == paged.managed
+    mine = predict(optimizer="paged_adamw_8bit", step=a_step, **step)
+    assert (mine.peak.live, mine.managed) == (paged.peak.live, paged.managed)
+    deep = cases.llama(num_hidden_layers=13)
+    traced = predict(deep, optimizer="paged_adamw_8bit", extrapolate=True, **step)
+    assert traced.method == "traced whole"
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for options in ({"optimizer": "adamw_8bit"}, {"quantisation": "nf4"}):
+        with pytest.raises(CannotRun, match=r"pytest-lora\[quantised\]") as missing:
+            predict(**options)
+        assert missing.value.missing
+
+
 # --------------------------------------------------------------------------------------- depth
 
 
@@ -223,6 +289,7 @@ def test_the_users_own_batch_is_taken() -> None:
         {"padding": "none"},
         {"checkpointing": True, "clip": 1.0},
         {"optimizer": "adamw_loop", "accumulation": 2, "dtype": "float32"},
+        pytest.param({"autocast": "bfloat16", "padding": "none"}, marks=follows_autocast()),
     ],
     ids=str,
 )

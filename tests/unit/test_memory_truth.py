@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 
 import memory_cases as cases  # noqa: E402
-from stack import since  # noqa: E402
+from stack import follows_autocast, since  # noqa: E402
 
 from pytest_lora.memory.tracing import run_step, trace_on_cpu  # noqa: E402
 
@@ -57,8 +57,20 @@ def test_a_prediction_is_a_real_run_to_the_byte(case: cases.Case) -> None:
     _same(case)
 
 
-@pytest.mark.parametrize("case", cases.QUANTISED[1:3], ids=str)
-def test_so_it_is_on_a_base_in_four_bits(case: cases.Case) -> None:
+@follows_autocast()
+@pytest.mark.parametrize(
+    "case",
+    [_where_it_runs(case) for case in (*cases.AUTOCAST[:5], *cases.AUTOCAST[-5:-2])],
+    ids=str,
+)
+def test_so_it_is_under_autocast(case: cases.Case) -> None:
+    _same(case)
+
+
+@pytest.mark.parametrize(
+    "case", [*cases.QUANTISED[1:3], cases.QUANTISED[4], *cases.EIGHT_BIT], ids=str
+)
+def test_so_it_is_with_bases_in_four_bits_and_optimizers_in_eight(case: cases.Case) -> None:
     pytest.importorskip("bitsandbytes")
     _same(case)
 
@@ -71,6 +83,7 @@ def test_so_it_is_on_a_base_in_four_bits(case: cases.Case) -> None:
         {"sequence": 65},
         {"attention": "eager"},
         {"dtype": torch.bfloat16},
+        pytest.param({"autocast": torch.bfloat16}, marks=follows_autocast()),
     ],
     ids=str,
 )
