@@ -7,7 +7,6 @@ that no longer shows is told at the end.
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 import warnings
@@ -18,19 +17,23 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from pytest_lora.carried import arrived, hand_on
 from pytest_lora.contract import cells
 from pytest_lora.contract.cells import Cell, Result, Verdict, contract_cells
+from pytest_lora.contract.laws import HASH_SEEDS, IN_FRESH_PROCESSES
 from pytest_lora.contract.table import summary, table_lines
 from pytest_lora.contract.trial import ContractBroken
 from pytest_lora.errors import UsageError
+from pytest_lora.fresh import get_ready
 
 __all__ = ["ContractPlugin"]
 
-PROPERTY = "pytest_lora_contract"
 PROFILE_OPTION = "--hypothesis-profile"
 QUICK, FULL = "quick", "full"
 _EXAMPLES = {QUICK: (5, 1), FULL: (60, 8)}
 """Examples of LoRA itself (or one's own class), and of every other method."""
+_IN_FRESH_PROCESSES = {QUICK: (2, 1), FULL: (20, 3)}
+"""Likewise for the laws whose every example takes processes: what they look for shows at once."""
 
 
 class ContractModule(pytest.Module):
@@ -54,22 +57,18 @@ class ContractItem(pytest.Function):
         try:
             super().runtest()
         except Exception as failure:
-            self._hand_on(self.cell.verdict(failure))
+            hand_on(self, "call", self.cell.verdict(failure).to_dict(), kind="contract")
             raise
         verdict = self.cell.verdict()
-        self._hand_on(verdict)
+        hand_on(self, "call", verdict.to_dict(), kind="contract")
         if verdict.result is Result.NOT_APPLICABLE:
             raise pytest.skip.Exception(verdict.reason)
         if verdict.result is Result.KNOWN:
             pytest.xfail(f"known: {'; '.join(verdict.known)}")
 
-    def _hand_on(self, verdict: Verdict) -> None:
-        # user_properties travel with the report, through workers, as plain text.
-        self.user_properties.append((PROPERTY, json.dumps(verdict.to_dict())))
-
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]
         """A broken law as its message: the script in it is the evidence, not our frames."""
-        if isinstance(excinfo.value, ContractBroken):
+        if isinstance(excinfo.value, ContractBroken | pytest.xfail.Exception):
             return str(excinfo.value)
         return super().repr_failure(excinfo)
 
@@ -103,7 +102,8 @@ class ContractPlugin:
         chosen = settings()  # of the profile in force
         if self.config.getoption(PROFILE_OPTION, None):
             return chosen
-        examples = _EXAMPLES[self.depth][0 if cell.is_main else 1]
+        many = _IN_FRESH_PROCESSES if cell.law in IN_FRESH_PROCESSES else _EXAMPLES
+        examples = many[self.depth][0 if cell.is_main else 1]
         return settings(parent=chosen, max_examples=examples)
 
     @pytest.hookimpl(tryfirst=True)
@@ -112,18 +112,26 @@ class ContractPlugin:
     ) -> None:
         """Add the cells to the session's items."""
         module = ContractModule.from_parent(session, path=Path(cells.__file__), nodeid="contract")
-        for cell in self.cells:
+        # Last what needs fresh processes: these start while the others run.
+        for cell in sorted(self.cells, key=lambda cell: cell.law in IN_FRESH_PROCESSES):
             function = cell.function(self._settings(cell))
             name = f"{cell.law}[{cell.method}]"
             item: ContractItem = ContractItem.from_parent(module, name=name, callobj=function)
             item.cell = cell
             items.append(item)
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Fresh processes take seconds to import what they need: they may begin now."""
+        here = not hasattr(self.config, "workerinput") and not self.config.option.collectonly
+        laws = {item.cell.law for item in session.items if isinstance(item, ContractItem)}
+        if here and laws & IN_FRESH_PROCESSES:
+            get_ready(range(HASH_SEEDS))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Gather verdicts; on the controller, where workers run the tests."""
-        if report.when == "call":
-            found = [text for name, text in report.user_properties if name == PROPERTY]
-            self.verdicts += [Verdict.from_dict(json.loads(str(text))) for text in found]
+        verdict = arrived(report, "contract")
+        if verdict is not None:
+            self.verdicts.append(Verdict.from_dict(verdict))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """The table of laws and methods, and what is worth saying about it."""

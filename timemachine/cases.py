@@ -21,7 +21,9 @@ from pytest_lora.records import Measurement
 from pytest_lora.subject import Subject, load_base
 from timemachine.stacks import NEWEST, Stack
 
-__all__ = ["CASES", "Case"]
+__all__ = [
+    "CASES", "Case", "case", "llama", "lora_config", "on_disk", "rewrite", "saved", "trained",
+]  # fmt: skip
 
 INPUT = {"x": torch.linspace(-2, 2, 24).sin().view(3, 8)}
 
@@ -61,7 +63,7 @@ class Case:
     @property
     def takes_processes(self) -> bool:
         """Whether the check starts fresh processes, which takes some ten seconds."""
-        return self.check in ("save_reload", "merged_reload")
+        return self.check in ("save_reload", "merged_reload", "seeded_initialisation")
 
 
 CASES: list[Case] = []
@@ -83,9 +85,9 @@ def case(
 
     def add(run: _Run) -> _Run:
         name = run.__name__.replace("_", " ")
-        sound = None if fixed is None else Stack(fixed)
+        sound = None if fixed is None else Stack.parse(fixed)
         CASES.append(
-            Case(name, thread, check, shows, Stack(affected), sound, control, remarked, run)
+            Case(name, thread, check, shows, Stack.parse(affected), sound, control, remarked, run)
         )
         return run
 
@@ -350,7 +352,7 @@ def pattern_with_a_typo(place: Path, sound: bool = False) -> Measurement:
 def keys_of_a_compiled_model(place: Path, sound: bool = False) -> Measurement:
     """A trainer that saves a compiled model prefixes every key; PEFT then loads none of them."""
     folder = saved(trained(llama(), lora_config("q_proj")), place)
-    _rewrite(folder, lambda key, value: (key if sound else f"_orig_mod.{key}", value))
+    rewrite(folder, lambda key, value: (key if sound else f"_orig_mod.{key}", value))
     return lora.assert_config_matches_weights(folder)
 
 
@@ -360,13 +362,18 @@ def not_a_number(place: Path, sound: bool = False) -> Measurement:
     safe_merge refuses it).
     """
     folder = saved(trained(llama(), lora_config("q_proj")), place)
-    _rewrite(folder, lambda key, value: (key, value if sound else value.fill_(float("nan"))))
+    rewrite(folder, lambda key, value: (key, value if sound else value.fill_(float("nan"))))
     return lora.assert_finite_weights(folder)
 
 
-def _rewrite(folder: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+def rewrite(
+    folder: Path,
+    change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]],
+    name: str = "adapter_model.safetensors",
+) -> None:
+    """Change keys and tensors of a file of weights."""
     from safetensors.torch import load_file, save_file
 
-    file = folder / "adapter_model.safetensors"
+    file = folder / name
     tensors = dict(change(key, value) for key, value in load_file(file).items())
     save_file(tensors, file, metadata={"format": "pt"})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
+from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
 from pytest_lora.records import Measurement
 from pytest_lora.report.text import clean, measured
 from timemachine.cases import Case
@@ -52,6 +52,8 @@ def _outcome(case: Case, arguments: list[Any]) -> tuple[str, str]:
         measurement = case.run(*arguments)
     except CheckFailed as failure:
         return _caught(case, failure)
+    except UsageError as refusal:  # what was declared is not there
+        return (CAUGHT if case.shows in str(refusal) else "refused"), str(refusal)
     except NotApplicable as reason:
         return "not applicable", str(reason)
     except CannotRun as reason:

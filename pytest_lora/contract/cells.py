@@ -22,6 +22,7 @@ from pytest_lora.contract.known import Known, known_deviations
 from pytest_lora.contract.laws import LAWS
 from pytest_lora.contract.machine import LAW, machine_for
 from pytest_lora.contract.methods import discover
+from pytest_lora.contract.networks import NETWORKS, ONLY_LORA
 from pytest_lora.contract.trial import ContractBroken
 from pytest_lora.errors import CannotRun, NotApplicable, UsageError
 from pytest_lora.loading import one_line, quiet
@@ -34,6 +35,10 @@ _STEPS = 12
 
 _SIZES = (16, 24, 32)
 """What the block sizes of PEFT's other methods divide."""
+_WIDTHS = (*range(4, 13), 2, 3)
+"""What is tried first has room for rank 2: rank 1 cannot tell alpha from alpha / r."""
+
+_ONLY_PEFT = "it is about PEFT's models and settings, which a class of one's own has none of"
 
 
 class Result(StrEnum):
@@ -55,6 +60,7 @@ class Verdict:
         reason: why it does not apply, or what was found.
         known: known deviations that showed.
         missed: those that did not.
+        examples: how many were tried, up to the one that failed.
     """
 
     method: str
@@ -63,6 +69,7 @@ class Verdict:
     reason: str = ""
     known: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
+    examples: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain texts, to travel between processes."""
@@ -82,12 +89,15 @@ class Cell:
     Attributes:
         dialect: of the method.
         law: id of the law.
-        decided: examples in which the law was decided.
+        decided: how often the law was decided: examples, or steps of the sequences.
+        tried: examples up to the first that failed, before any of them is made smaller.
     """
 
     dialect: Dialect
     law: str
     decided: int = 0
+    tried: int = 0
+    failed: bool = False
     reasons: list[str] = field(default_factory=list)
     seen: set[Known] = field(default_factory=set)
 
@@ -109,7 +119,7 @@ class Cell:
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         )
-        cases = _cases(self.dialect, self.law)
+        cases = _cases(self.dialect, self.law).map(self._count)
         if self.law == LAW:
             steps = settings(parent=options, stateful_step_count=_STEPS)
             return lambda: self._run_machine(cases, steps)
@@ -122,6 +132,11 @@ class Cell:
         wrapped: Callable[[], None] = options(given(case=cases)(test))
         return wrapped
 
+    def _count(self, case: Case) -> Case:
+        """Count an example, unless it is one of those that make a failure smaller."""
+        self.tried += not self.failed
+        return case
+
     def _once(self, attempt: Callable[[], None]) -> None:
         try:
             with quiet():
@@ -130,26 +145,32 @@ class Cell:
         except NotApplicable as reason:
             self.reasons.append(str(reason))
         except CannotRun as reason:
+            if not reason.missing:
+                self.failed = True
+                raise
             self.reasons.append(f"cannot run: {reason}")
         except ContractBroken as broken:
             if not self._excuse(broken):
                 raise
 
     def _run_machine(self, cases: st.SearchStrategy[Case], options: settings) -> None:
-        try:
-            with quiet():
-                Experiment(LAW, self.dialect, Case(network=_networks(self.dialect, ())[0])).attach()
-        except NotApplicable as reason:
-            self.reasons.append(str(reason))
+        case = Case(network=_networks(self.dialect, ())[0])
+        self._once(lambda: Experiment(LAW, self.dialect, case).attach())
+        if not self.decided:  # refused, or known to break
             return
-        machine = machine_for(self.dialect, cases, self._excuse)
+        self.decided = 0  # what is attached is not yet judged
+        machine = machine_for(self.dialect, cases, self._excuse, self._judged)
         run_state_machine_as_test(machine, settings=options)
+
+    def _judged(self) -> None:
         self.decided += 1
 
     def _excuse(self, broken: ContractBroken) -> bool:
         """Whether a failure is a known deviation; it is noted then."""
         known = next((item for item in self._expected() if item.explains(broken.found)), None)
-        if known is not None:
+        if known is None:
+            self.failed = True
+        else:
             self.seen.add(known)
         return known is not None
 
@@ -165,14 +186,18 @@ class Cell:
         """What came of it, after the function ran, or raised ``failure``."""
         if failure is not None:
             text = failure.found if isinstance(failure, ContractBroken) else one_line(failure)
-            return Verdict(self.method, self.law, Result.FAIL, text)
+            return Verdict(self.method, self.law, Result.FAIL, text, examples=self.tried)
         if not self.decided and not self.seen:
             reason = self.reasons[0] if self.reasons else "it is not tried on this network"
-            return Verdict(self.method, self.law, Result.NOT_APPLICABLE, reason)
+            return Verdict(
+                self.method, self.law, Result.NOT_APPLICABLE, reason, examples=self.tried
+            )
         known = tuple(sorted(str(item) for item in self.seen))
         missed = tuple(str(item) for item in self._expected() if item not in self.seen)
         result = Result.KNOWN if known else Result.PASS
-        return Verdict(self.method, self.law, result, known=known, missed=missed)
+        return Verdict(
+            self.method, self.law, result, known=known, missed=missed, examples=self.tried
+        )
 
 
 def law_ids() -> list[str]:
@@ -216,27 +241,34 @@ def try_cell(cell: Cell, *, examples: int = 20, shrink: bool = True) -> Verdict:
 def assert_contract(
     implementation: str | type, *, laws: Iterable[str] | None = None, examples: int = 50
 ) -> list[Verdict]:
-    """Hold a class against the contract; returns a verdict for each law.
+    """Hold a class against the contract; returns a verdict for each law, in their order.
+
+    A law that cannot be tried on a class has a verdict that says so.
 
     Args:
         implementation: the class, or ``package.module:Class``; docs/contract.md says what it
             needs.
-        laws: ids of laws; all of them if None.
+        laws: ids of laws, one at least; all of them if None.
         examples: how many to try of each.
 
     Raises:
         ContractBroken: the first law that does not hold, with a minimal script.
-        UsageError: no such class or law.
+        UsageError: no such class or law, or no law at all.
     """
     wanted = list(laws) if laws is not None else law_ids()
+    if not wanted:
+        raise UsageError(f"laws names no law, so nothing would be held: {', '.join(law_ids())}")
     unknown = sorted(set(wanted) - set(law_ids()))
     if unknown:
         raise UsageError(f"no law {unknown[0]!r}; the laws are {', '.join(law_ids())}")
+    cells = contract_cells(implementation)
+    there = {cell.law: cell for cell in cells}
     verdicts = []
-    for cell in contract_cells(implementation):
-        if cell.law in wanted:
+    for law in (law for law in law_ids() if law in wanted):
+        cell = there.get(law) or Cell(cells[0].dialect, law, reasons=[_ONLY_PEFT])
+        if law in there:
             cell.function(settings(max_examples=examples, database=None))()
-            verdicts.append(cell.verdict())
+        verdicts.append(cell.verdict())
     return verdicts
 
 
@@ -246,8 +278,11 @@ def assert_contract(
 def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
     """The networks the dialect is tried on under a law (an id, or the networks it asks for)."""
     asked = (LAWS[law].networks if law in LAWS else ()) if isinstance(law, str) else law
+    other = LAWS[law].otherwise if isinstance(law, str) and law in LAWS else ""
+    usual = other or "linear"
     if isinstance(dialect, OwnClass):
-        return tuple(name for name in asked or ("linear",) if name in ("linear", "tied"))
+        known = tuple(name for name in asked if name in ("linear", "tied"))
+        return known or ((usual,) if other or not asked else ())
     if isinstance(dialect, Peft):
         own = dialect.method.network
         if own != "linear":
@@ -255,27 +290,31 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
         if not dialect.method.accepts("target_parameters"):
             asked = tuple(name for name in asked if name != "experts")
         if dialect.method.name != "LORA":
-            asked = tuple(name for name in asked if name not in ("grouped", "experts"))
+            asked = tuple(name for name in asked if name not in ONLY_LORA)
+            if not asked and isinstance(law, str) and law in LAWS and LAWS[law].networks:
+                return ()
         if not dialect.method.is_lora:
-            usual = ("linear", "llama", "tied", "tied head")
-            return tuple(name for name in asked or ("linear",) if name in usual)
-    return asked or ("linear",)
+            fit = ("linear", "many", "llama", "tied", "tied head", "layers", "bare layers",
+                   "convolution")  # fmt: skip
+            return tuple(name for name in asked or (usual,) if name in fit)
+    return asked or (usual,)
 
 
 @st.composite
 def _cases(draw: st.DrawFn, dialect: Dialect, law: str) -> Case:
     network = draw(st.sampled_from(_networks(dialect, law)))
-    free = _takes_any_size(dialect) and network in ("linear", "conv1d")
+    free = _takes_any_size(dialect) and network in ("linear", "many", "conv1d")
     sizes = _SIZES
     if free:
-        k = draw(st.integers(2, 12))
-        others = st.sampled_from([size for size in range(2, 13) if size != k])
+        k = draw(st.sampled_from(_WIDTHS))
+        others = st.sampled_from([size for size in _WIDTHS if size != k])
         sizes = (k, draw(others), draw(others))
-    r = draw(st.integers(1, min(4, min(sizes) // 2)) if free else st.sampled_from([2, 4]))
+    ranks = [r for r in (2, 1, 3, 4) if r <= min(sizes) // 2] if free else [2, 4]
+    r = draw(st.sampled_from(ranks))
     options = {}
     if isinstance(dialect, Peft) and dialect.method.is_lora and network != "experts":
         options["lora_dropout"] = repr(draw(st.sampled_from([0.5, 0.0])))
-    if network == "llama" and isinstance(dialect, Peft):
+    if NETWORKS[network].reads_tokens and isinstance(dialect, Peft):
         options["task_type"] = "'CAUSAL_LM'"
     return Case(
         network=network,

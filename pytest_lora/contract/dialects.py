@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pytest_lora.contract.methods import Method
@@ -35,6 +37,8 @@ OPERATIONS = (
     "activate_all",
     "delete",
     "scale",
+    "combine",
+    "mixed",
     "save",
     "load",
 )
@@ -86,6 +90,8 @@ class Dialect:
     plain: bool
     """Whether every layer computes ``W x + sum of s B A x``."""
     rewrites: bool = False
+    bare: str | None = None
+    """What stands for the base alone where a mixed batch names adapters."""
 
     def begin(self, trial: Trial, case: Case) -> None:
         """The bare network ``net``, its inputs ``x``, and ``run``."""
@@ -95,10 +101,22 @@ class Dialect:
         for line in self.imports():
             trial.run(line)
         trial.run(case.net.source.format(**sizes))
-        trial.run(f"torch.manual_seed({case.seed})")
-        trial.run(f"net = model = Net().to(torch.{case.dtype}).eval()")
+        self.build(trial, case)
         trial.run(f"x = {case.net.inputs.format(**sizes)}")
         trial.run(f"@torch.no_grad()\ndef run():\n    return {case.net.call}")
+
+    def build(self, trial: Trial, case: Case) -> None:
+        """The bare network, once more if there is one."""
+        trial.run(f"torch.default_generator.manual_seed({case.seed})")
+        trial.run(f"net = model = Net().to(torch.{case.dtype}).eval()")
+
+    def paths(self) -> tuple[str, ...]:
+        """What a fresh process needs on its path to run the script.
+
+        Raises:
+            NotApplicable: it cannot.
+        """
+        return ()
 
     def imports(self) -> Sequence[str]:
         """Lines that make the implementation known."""
@@ -115,6 +133,10 @@ class Dialect:
     def factors(self, trial: Trial, name: str) -> dict[str, tuple[Any, Any, float]]:
         """``B``, ``A`` and the scaling of each adapted module; only where :attr:`plain`."""
         raise NotImplementedError
+
+    def shown(self, name: str) -> str:
+        """The line that prints what the adapter ``name`` adapts."""
+        return "print(model.targeted_module_names)"
 
     def say(self, trial: Trial, operation: str, *args: Any) -> None:
         """Carry out one of the operations after ``attach``.
@@ -145,6 +167,7 @@ _PEFT_LINES: Mapping[str, str] = {
     "activate": "model.set_adapter({0!r})",
     "activate several": "model.base_model.set_adapter({0!r})",
     "delete": "model.delete_adapter({0!r})",
+    "mixed": "with torch.no_grad():\n    y = model(x, adapter_names={0!r})",
     "scale": (
         "for layer in model.modules():\n"
         "    if hasattr(layer, 'set_scale'):\n"
@@ -155,6 +178,8 @@ _PEFT_LINES: Mapping[str, str] = {
 
 class Peft(Dialect):
     """A method of the installed PEFT."""
+
+    bare = "__base__"
 
     def __init__(self, method: Method, size: float = 0.3) -> None:
         self.method, self.size = method, size
@@ -171,6 +196,8 @@ class Peft(Dialect):
             options["target_modules"] = repr(list(case.net.targets))
         if case.net.parameters:
             options["target_parameters"] = repr(list(case.net.parameters))
+        if case.net.saved:
+            options["modules_to_save"] = repr(list(case.net.saved))
         options |= case.options
         drawn = {"{r}": str(case.r), "{alpha}": str(case.alpha)}
         written = [f"{key}={drawn.get(code, code)}" for key, code in options.items()]
@@ -231,6 +258,40 @@ class OwnClass(Dialect):
     def __init__(self, place: str, cls: type) -> None:
         self.place, self.cls, self.name = place, cls, cls.__name__
 
+    def offers(self, operation: str) -> bool:
+        """Whether the class has a function of that name."""
+        return callable(getattr(self.cls, operation, None))
+
+    def require(self, *operations: str) -> None:
+        """Raise NotApplicable unless the class offers all of them."""
+        for operation in operations:
+            if not self.offers(operation):
+                raise NotApplicable(f"{self.name} has no {operation}")
+
+    def paths(self) -> tuple[str, ...]:
+        """Where its module was found, and what that one may import itself."""
+        module = self.place.partition(":")[0]
+        file = getattr(sys.modules.get(module), "__file__", None)
+        if file is None or module == "__main__" or "<" in self.place:
+            raise NotApplicable(f"a fresh process cannot import {self.place}; put it into a module")
+        levels = module.count(".") + (Path(file).name == "__init__.py")
+        return (str(Path(file).absolute().parents[levels]), *sys.path)
+
+    def live(self, name: str) -> str:
+        """The expression for the parameters of the adapter ``name``."""
+        return f"lora.factors(model{self._named(name)})"
+
+    def save(self, place: str) -> str:
+        """The line that saves the adapter in use; ``place`` is an expression."""
+        self.require("save", "load")
+        return f"lora.save(model, {place})"
+
+    def load(self, place: str) -> str:
+        """The lines that load it onto the bare network."""
+        # What a file maps may lie at odd addresses, where BLAS may sum in another order.
+        aligned = "for t in (*model.parameters(), *model.buffers()):\n    t.data = t.data.clone()"
+        return f"model = lora.load(net, {place}).eval()\n{aligned}"
+
     def imports(self) -> Sequence[str]:
         """PEFT itself, or the class."""
         module, _, name = self.place.partition(":")
@@ -246,11 +307,10 @@ class OwnClass(Dialect):
 
     def fill(self, trial: Trial, name: str, seed: int) -> None:
         """Add noise to everything that trains, or write the factors."""
-        known = f", {name!r}" if self._takes("factors", "name") else ""
         trial.run(
             f"""
             generator = torch.Generator().manual_seed({seed})
-            for A, B in lora.factors(model{known}).values():
+            for A, B in {self.live(name)}.values():
                 A.data.copy_(0.3 * torch.randn(A.shape, generator=generator))
                 B.data.copy_(0.3 * torch.randn(B.shape, generator=generator))
             """
@@ -258,20 +318,26 @@ class OwnClass(Dialect):
 
     def factors(self, trial: Trial, name: str) -> dict[str, tuple[Any, Any, float]]:
         """From PEFT's layers, or from the class; NaN for a scaling only the case knows."""
-        lora, model = trial.value("lora"), trial.value("model")
-        found = lora.factors(model, name) if self._takes("factors", "name") else lora.factors(model)
+        found = trial.value(self.live(name))
         scale = float("nan")  # the case knows it: alpha / r
         return {key: (b.detach(), a.detach(), scale) for key, (a, b) in found.items()}
 
-    def _takes(self, function: str, parameter: str) -> bool:
-        return parameter in inspect.signature(getattr(self.cls, function)).parameters
+    def shown(self, name: str) -> str:
+        """The line that prints what the adapter ``name`` adapts."""
+        return f"for key, (A, B) in {self.live(name)}.items(): print(key, A.shape, B.shape)"
+
+    def _named(self, name: str) -> str:
+        takes = "name" in inspect.signature(self.cls.factors).parameters  # type: ignore[attr-defined]
+        return f", {name!r}" if takes else ""
 
     def say(self, trial: Trial, operation: str, *args: Any) -> None:
         """Carry out one operation."""
         if operation == "activate" and isinstance(args[0], list):
             operation = "activate_all"
-        if not hasattr(self.cls, operation):
-            raise NotApplicable(f"{self.name} has no {operation}")
+        self.require(operation)
+        if operation == "mixed":
+            trial.run(f"with torch.no_grad():\n    y = lora.mixed(model, x, {args[0]!r})")
+            return
         if operation == "add":
             name, case = args
             targets = list(case.net.targets)

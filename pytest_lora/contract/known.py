@@ -27,7 +27,7 @@ class Known:
     """One known deviation.
 
     Attributes:
-        law: id of the law.
+        law: shell pattern of the law's id; ``*`` for what breaks before any law is tried.
         methods: shell patterns of the methods' names.
         shows: regular expression found in the failure.
         why: one line.
@@ -45,7 +45,9 @@ class Known:
 
     def concerns(self, law: str, method: str, version: str) -> bool:
         """Whether it is to be expected there."""
-        if law != self.law or not any(fnmatch.fnmatchcase(method, name) for name in self.methods):
+        if not fnmatch.fnmatchcase(law, self.law):
+            return False
+        if not any(fnmatch.fnmatchcase(method, name) for name in self.methods):
             return False
         here = minor_version(version)
         since, until = minor_version(self.since), minor_version(self.until)

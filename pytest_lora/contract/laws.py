@@ -9,8 +9,11 @@ out here is for implementations that know nothing of PEFT, and what needs no ada
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +21,28 @@ from typing import Any
 import torch
 
 import pytest_lora as lora
+from pytest_lora import fresh
 from pytest_lora.adapter import read_adapter
 from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
-from pytest_lora.contract.dialects import FIRST, Peft
-from pytest_lora.contract.experiment import Experiment, is_refusal
+from pytest_lora.contract.dialects import FIRST, OwnClass, Peft
+from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
-from pytest_lora.fresh import scratch
 from pytest_lora.loading import quiet
 from pytest_lora.numerics.fingerprint import fingerprint
 from pytest_lora.numerics.merge_bound import judge_cycle
 from pytest_lora.subject import Subject, load_base
 
-__all__ = ["LAWS", "Law"]
+__all__ = ["HASH_SEEDS", "IN_FRESH_PROCESSES", "LAWS", "Law"]
 
 SECOND = "one2"
 CYCLES = 5
 HASH_SEEDS = 3
 """Values of PYTHONHASHSEED that fresh processes are started with; each costs seconds, once."""
+IN_FRESH_PROCESSES = frozenset({"seeded_initialisation", "save_reload"})
+"""Laws that need them."""
 _WEIGHTS = "for name, p in net.named_parameters(): print(name, p)"
 _TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_grad])"
 
@@ -52,7 +57,8 @@ class Law:
         hold: tries it once.
         networks: networks it is tried on, where it matters which.
         half: whether half precision is drawn as well.
-        needs: operations a class has to have for it.
+        otherwise: the network where it names none that will do, for a class of one's own as well;
+            empty for the usual one, or none where it names some.
     """
 
     id: str
@@ -60,16 +66,19 @@ class Law:
     hold: Callable[[Experiment], None]
     networks: tuple[str, ...] = ()
     half: bool = False
+    otherwise: str = ""
 
 
 _TABLE: dict[str, Law] = {}
 
 
-def _law(*networks: str, half: bool = False) -> Callable[[Callable[[Experiment], None]], Any]:
+def _law(
+    *networks: str, half: bool = False, otherwise: str = ""
+) -> Callable[[Callable[[Experiment], None]], Any]:
     def enter(hold: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
         name = hold.__name__
         says = (hold.__doc__ or "").strip().partition("\n")[0]
-        _TABLE[name] = Law(name, says, hold, networks, half)
+        _TABLE[name] = Law(name, says, hold, networks, half, otherwise)
         return hold
 
     return enter
@@ -87,6 +96,31 @@ def identity_at_initialisation(it: Experiment) -> None:
         it.expect([], "the freshly initialised model against the base model", merges=1)
         return
     it.expect_bits(it.base, "base", "a fresh adapter has to leave the output as it was")
+
+
+@_law(otherwise="many")
+def seeded_initialisation(it: Experiment) -> None:
+    """One seed gives one adapter, bit for bit, in processes that hash strings differently."""
+    it.trial.run(f"from transformers import set_seed\nset_seed({it.case.seed})")
+    it.attach(fill=False)
+    everything = "{**dict(model.named_parameters()), **dict(model.named_buffers())}"
+    shown = (f"for name, t in {everything}.items(): print(name, t.double().sum().item())",)
+    other = 1 + it.case.seed % (HASH_SEEDS - 1)
+    first = it.in_fresh_process(it.trial.script, everything, hash_seed=0)
+    found = it.in_fresh_process(it.trial.script, everything, hash_seed=other)
+    where = _other_tensor(found, first)
+    if where:
+        again = it.in_fresh_process(it.trial.script, everything, hash_seed=0)
+        seeds = "0 each time" if _other_tensor(again, first) else f"0 and {other}"
+        raise it.trial.broken(f"in two processes with PYTHONHASHSEED={seeds}: {where}", *shown)
+
+
+def _other_tensor(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """The first tensor that differs, and how; empty where every bit agrees."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        return f"{name} is in one of them only"
+    differing = ((name, how_different(found[name], expected[name])) for name in sorted(found))
+    return next((f"{name}: {difference}" for name, difference in differing if difference), "")
 
 
 @_law("linear", "conv1d", half=True)
@@ -124,7 +158,7 @@ def _own_terms(it: Experiment) -> dict[str, Any]:
     return terms
 
 
-@_law("linear", "conv1d", "llama")
+@_law("linear", "conv1d", "saved", "llama")
 def base_output_when_disabled(it: Experiment) -> None:
     """Switched off, the output is the base's, switched on again the adapter's, bit for bit."""
     _require_untouched_base(it)
@@ -177,11 +211,14 @@ def unmerge_without_growth(it: Experiment) -> None:
     it.require_plain()
     it.attach()
     if not it.is_peft:
-        raise NotApplicable("the weights of a class of one's own are not known by name")
-    for name, layer in tuner_layers(it.model):
-        known = describe(layer, FIRST, safe_merge=False)
-        if known is None:
-            continue
+        _settled(it)
+        return
+    described = ((name, layer, describe(layer, FIRST, safe_merge=False))
+                 for name, layer in _layers(it))  # fmt: skip
+    known_layers = [(name, layer, known) for name, layer, known in described if known is not None]
+    if not known_layers:
+        raise NotApplicable("what its layers add to a weight has no known formula")
+    for name, layer, known in known_layers:
         weight = layer.get_base_layer().weight
         start = weight.detach().clone()
         it.trial.run(f"layer = model.get_submodule({name!r})\nstart = layer.weight.clone()")
@@ -193,6 +230,23 @@ def unmerge_without_growth(it: Experiment) -> None:
                 "times what one can",
                 "print((layer.weight - start).abs().max())",
             )
+
+
+def _settled(it: Experiment) -> None:
+    """After one cycle no further one changes a bit, seen in the outputs.
+
+    Adding and subtracting one number, each rounded to nearest even, settles at once:
+    ``(((u + v) - v) + v) - v`` is ``(u + v) - v`` in floating point (D. E. Knuth, The Art of
+    Computer Programming, volume 2, section 4.2.2, theorem D).
+    """
+    it.say("merge")
+    it.say("unmerge")
+    it.trial.run("once = run()")
+    once = it.trial.names["once"]
+    for _ in range(CYCLES):
+        it.say("merge")
+        it.say("unmerge")
+    it.expect_bits(once, "once", f"after {CYCLES} more merges and unmerges")
 
 
 @_law()
@@ -225,29 +279,51 @@ def order_of_merges(it: Experiment) -> None:
             it.say("unmerge")
         else:
             _merged_together(it)
+            _merged_together(it, names)
 
 
 def _is_plain(it: Experiment) -> bool:
     return it.dialect.plain and it.reference is not None
 
 
-def _merged_together(it: Experiment) -> None:
-    """Each layer, with all active adapters, merged against unmerged in float64."""
+def _merged_together(it: Experiment, names: Sequence[str] = ()) -> None:
+    """Each layer, with all active adapters, merged (in turn) against unmerged in float64."""
     if not it.is_peft:
         raise NotApplicable("its layers are not known one by one")
-    for name, layer in tuner_layers(it.model):
+    if it.case.net.reads_tokens:
+        raise NotApplicable("the network's inputs are not those of its layers")
+    turns = [f"model.merge_adapter(adapter_names=[{each!r}])" for each in names]
+    shown = ("before = run()", *(turns or ["model.merge_adapter()"]),
+             "print((run() - before).abs().max())")  # fmt: skip
+    for name, layer in _layers(it):
         try:
-            found = wide_distance(layer, layer.forward, ((it.x,), {}), {})
+            found = wide_distance(layer, layer.forward, ((it.x,), {}), {}, names=names)
         except NotMergeable as refusal:
-            raise NotApplicable(f"{name}: {refusal}") from None
+            if is_refusal(refusal):
+                raise NotApplicable(f"{name}: {refusal}") from None
+            raise it.trial.broken(f"{name}: it raises: {refusal}", *shown) from None
         if found.unknown:
-            raise NotApplicable(f"{name}: {found.unknown}")
+            if says_refusal(found.unknown):
+                raise NotApplicable(f"{name}: {found.unknown}")
+            raise it.trial.broken(f"{name}: it raises: {found.unknown}", *shown)
         if found.output > 1:
             raise it.trial.broken(
-                f"{name}: merged and unmerged differ by {found.output:.3g} times what rounding "
-                "allows in float64",
-                "before = run()", "model.merge_adapter()", "print((run() - before).abs().max())",
-            )  # fmt: skip
+                f"{name}: merged {'in turn ' if names else ''}and unmerged differ by "
+                f"{found.output:.3g} times what rounding allows in float64",
+                *shown,
+            )
+
+
+def _layers(it: Experiment) -> list[tuple[str, Any]]:
+    """PEFT's layers by name.
+
+    Raises:
+        NotApplicable: it wraps none, so that a law about each of them would say nothing.
+    """
+    layers = list(tuner_layers(it.model))
+    if not layers:
+        raise NotApplicable("it wraps no layer")
+    return layers
 
 
 @_law("tied head", "tied")
@@ -282,19 +358,26 @@ def safe_merge_is_safe(it: Experiment) -> None:
     it.attach()
     if not it.is_peft:
         raise NotApplicable("only PEFT has safe merges")
-    layers = [layer for _, layer in tuner_layers(it.model)]
+    _layers(it)
     before = {name: fingerprint(tensor.detach()) for name, tensor in it.own.items()}
     it.trial.run("before = {n: p.clone() for n, p in net.named_parameters() if 'base' in n}")
     it.trial.run(
         "for p in model.parameters():\n    if p.requires_grad:\n        p.data.fill_(float('nan'))"
     )
+    it.trial.run("from peft.tuners.tuners_utils import BaseTunerLayer")
+    merge = (
+        "for layer in model.modules():\n"
+        "    if isinstance(layer, BaseTunerLayer):\n"
+        "        layer.merge(safe_merge=True)"
+    )
     try:
-        it.trial.run("model.merge_adapter(safe_merge=True)")
+        it.trial.run(merge)
     except Refused as refusal:
-        if isinstance(refusal.error, NotImplementedError) or not layers:
-            raise NotApplicable(str(refusal)) from None
+        if not isinstance(refusal.error, ValueError) or "NaN" not in str(refusal.error):
+            raise it.outcome(refusal) from None
         it.trial.drop_refused()
-        it.trial.run("try:\n    model.merge_adapter(safe_merge=True)\nexcept ValueError:\n    pass")
+        tried = textwrap.indent(merge, "    ")
+        it.trial.run(f"try:\n{tried}\nexcept ValueError:\n    pass")
     trained = {id(p) for p in it.model.parameters() if p.requires_grad}
     changed = [
         name
@@ -311,7 +394,7 @@ def safe_merge_is_safe(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ several adapters
 
 
-@_law("linear", "llama")
+@_law("linear", "saved", "llama")
 def isolation(it: Experiment) -> None:
     """Adding, using, swapping in and deleting another adapter leaves the first as it was."""
     _require_untouched_base(it)
@@ -347,22 +430,18 @@ _COME_AND_GO = (
 @_law("linear")
 def mixed_batch(it: Experiment) -> None:
     """A batch whose rows use different adapters gives each row what its adapter alone gives."""
-    it.attach()
-    if not isinstance(it.dialect, Peft):
-        raise NotApplicable("only PEFT has mixed batches")
     it.require_plain()
+    it.attach()
     terms = _own_terms(it)
     other = it.case.other()
     it.add(SECOND, other)
-    rows: dict[str, list[Any]] = {FIRST: [terms], SECOND: [it.terms(SECOND, other)], "__base__": []}
+    bare = it.dialect.bare
+    rows: dict[Any, list[Any]] = {FIRST: [terms], SECOND: [it.terms(SECOND, other)], bare: []}
     names = list(rows)[: len(it.x)]
-    try:
-        it.trial.run(f"with torch.no_grad():\n    y = model(x, adapter_names={names!r})")
-    except Refused as refusal:
-        raise NotApplicable(f"refused: {refusal}") from None
+    it.say("mixed", names)
     found, reference = it.trial.names["y"], it.require_plain()
     for row, name in enumerate(names):
-        if name == "__base__" and it.dialect.rewrites:
+        if name == bare and it.dialect.rewrites:
             continue
         expected = reference.output(rows[name])
         bound = reference.bound(rows[name])
@@ -370,8 +449,8 @@ def mixed_batch(it: Experiment) -> None:
         worst = int((gap / bound[row]).argmax())
         if not gap[worst] <= bound[row, worst]:
             raise it.trial.broken(
-                f"row {row} with {name}: output {worst} is off by {float(gap[worst]):.3g}; "
-                f"rounding allows {float(bound[row, worst]):.3g}",
+                f"row {row} with {name or 'none'}: output {worst} is off by "
+                f"{float(gap[worst]):.3g}; rounding allows {float(bound[row, worst]):.3g}",
                 f"assert abs(y[{row}, {worst}].item() - {float(expected[row, worst])!r}) <= "
                 f"{float(bound[row, worst])!r}",
             )
@@ -385,6 +464,9 @@ def combination(it: Experiment) -> None:
         return
     it.require_plain()
     it.attach()
+    if isinstance(it.dialect, OwnClass):
+        _own_combination(it, it.dialect)
+        return
     if not hasattr(getattr(it.model, "base_model", None), "add_weighted_adapter"):
         raise NotApplicable("there is no add_weighted_adapter")
     a = it.terms()
@@ -401,9 +483,7 @@ def combination(it: Experiment) -> None:
                 f"combination_type={kind!r}{rank})"
             )
         except Refused as refusal:
-            if it.dialect.rewrites:
-                raise NotApplicable(f"refused: {refusal}") from None
-            raise it.trial.broken(f"it raises: {refusal}") from None
+            raise it.outcome(refusal) from None
         _products_equal(it, name, f"combine({names}, {weights}, {kind!r})", parts)
 
 
@@ -421,11 +501,31 @@ def _combined_alone(it: Experiment) -> None:
             "\nmodel.eval()"
         )
     except Refused as refusal:
-        if is_refusal(refusal.error) or it.dialect.rewrites:
-            raise NotApplicable(f"refused: {refusal}") from None
-        raise it.trial.broken(f"it raises: {refusal}") from None
+        raise it.outcome(refusal) from None
     it.say("activate", "same")
     it.expect_bits(it.trial.names["first"], "first", "the combination of one adapter, times 1")
+
+
+def _own_combination(it: Experiment, dialect: OwnClass) -> None:
+    """For a class: how it divides a product among factors is its own affair, its output is not."""
+    dialect.require("combine", "activate")
+    a, other = it.terms(), it.case.other()
+    it.trial.run("first = run()")
+    sums: list[tuple[list[str], list[float], Any]] = [
+        ([FIRST], [1.0], [(a, 1.0)]), ([FIRST], [-1.0], [(a, -1.0)])
+    ]  # fmt: skip
+    if dialect.offers("add"):
+        it.add(SECOND, other)
+        sums += [([FIRST, SECOND], [0.5, 2.0], [(a, 0.5), (it.terms(SECOND, other), 2.0)])]
+    for index, (names, weights, parts) in enumerate(sums):
+        name = f"sum{index}"
+        it.say("combine", names, weights, name)
+        it.say("activate", name)
+        scaled = [{key: t.scaled(weight) for key, t in terms.items()} for terms, weight in parts]
+        slack = {key: _rescaling(parts, key, sum(t[key].delta() for t in scaled)) for key in a}
+        it.expect(scaled, f"combine({names}, {weights})", slack=slack)
+    it.say("activate", FIRST)
+    it.expect_bits(it.trial.names["first"], "first", "the first again, after its combinations")
 
 
 def _combinations(a: Any, b: Any) -> Iterator[tuple[list[str], list[float], str, Any]]:
@@ -436,8 +536,8 @@ def _combinations(a: Any, b: Any) -> Iterator[tuple[list[str], list[float], str,
         yield [FIRST, SECOND], [0.5, 2.0], kind, [(a, 0.5), (b, 2.0)]
 
 
-def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
-    """The combined product against the sum of the products, in the Frobenius norm.
+def _rescaling(parts: Any, module: str, exact: torch.Tensor) -> float:
+    """How far a combined product may be from the sum of the products, in the Frobenius norm.
 
     The factors are rescaled by roots and stored in float32: each of the few operations rounds every
     factor by at most u, and products of n numbers by gamma_n.  A singular value decomposition is
@@ -445,14 +545,21 @@ def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
     (E. Anderson et al., LAPACK Users' Guide, 3rd edition, section 4.9).
     """
     unit = 2.0**-24
+    terms = [(t[module], abs(weight)) for t, weight in parts]
+    reach: float = sum(
+        weight * abs(t.scaling) * float(t.B.double().norm()) * float(t.A.double().norm())
+        for t, weight in terms
+    )
+    return 8 * max(exact.shape) * unit * reach
+
+
+def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
+    """The combined product against the sum of the products."""
     found = it.terms(name)
     for module, term in found.items():
         deltas = [weight * terms[module].delta() for terms, weight in parts]
         exact = torch.stack(deltas).sum(0)
-        size = sum(float(delta.norm()) for delta in deltas)
-        reach = sum(abs(w) * abs(t[module].scaling) * float(t[module].B.double().norm())
-                    * float(t[module].A.double().norm()) for t, w in parts)  # fmt: skip
-        allowed = 8 * max(exact.shape) * unit * max(reach, size)
+        allowed = _rescaling(parts, module, exact)
         gap = float((term.delta() - exact).norm())
         if not gap <= allowed:
             raise it.trial.broken(
@@ -474,9 +581,13 @@ def eval_mode_kept(it: Experiment) -> None:
     try:
         it.trial.run(f"model.add_adapter({SECOND!r}, {it.dialect.config(it.case.other())})")
     except Refused as refusal:
-        raise NotApplicable(f"refused: {refusal}") from None
-    for name, module in it.model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and module.p and module.training:
+        raise it.outcome(refusal) from None
+    dropouts = [(name, module) for name, module in it.model.named_modules()
+                if isinstance(module, torch.nn.Dropout) and module.p]  # fmt: skip
+    if not dropouts:
+        raise NotApplicable("it has no dropout here")
+    for name, module in dropouts:
+        if module.training:
             raise it.trial.broken(
                 f"{name} is in training mode, the model was in eval mode",
                 f"assert not model.get_submodule({name!r}).training",
@@ -486,7 +597,7 @@ def eval_mode_kept(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ what is left alone
 
 
-@_law("linear", "llama")
+@_law("linear", "saved", "llama")
 def frozen_weights(it: Experiment) -> None:
     """No parameter or buffer of the base changes, whatever is done with the adapter."""
     _require_untouched_base(it)
@@ -516,7 +627,7 @@ def _is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
-@_law("linear", "llama")
+@_law("linear", "saved", "llama")
 def requires_grad(it: Experiment) -> None:
     """What trains is the active adapter, all of it and nothing else, after every call."""
     it.trial.run("own = dict(net.named_parameters())")
@@ -524,17 +635,38 @@ def requires_grad(it: Experiment) -> None:
     if it.is_peft:
         it.check(lora.assert_requires_grad, _TRAINABLE)
         return
-    factors = [f for pair in it.trial.value("lora.factors(model)").values() for f in pair]
-    frozen = [name for name, tensor in it.own.items() if tensor.requires_grad]
-    if frozen:
+    if isinstance(it.dialect, OwnClass):
+        _own_training(it, it.dialect)
+
+
+def _own_training(it: Experiment, dialect: OwnClass) -> None:
+    """For a class, after each call it offers; of an adapter that is at rest nothing is asked."""
+    _trains(it, dialect, FIRST, "attached")
+    alone = [(("merge",), ""), (("unmerge",), FIRST), (("disable",), ""), (("enable",), FIRST),
+             (("scale", FIRST, 3.0), FIRST)]  # fmt: skip
+    several = [(("add", SECOND, it.case.other()), ""), (("activate", SECOND), SECOND),
+               (("activate", FIRST), FIRST), (("delete", SECOND), FIRST)]  # fmt: skip
+    calls: list[tuple[tuple[Any, ...], str]] = [*alone]
+    calls += several if dialect.offers("add") else []
+    for (operation, *given), active in calls:
+        if dialect.offers(operation):
+            it.say(operation, *given)
+            _trains(it, dialect, active, f"after {operation}")
+
+
+def _trains(it: Experiment, dialect: OwnClass, active: str, when: str) -> None:
+    """Nothing of the base trains, and every factor of the adapter ``active``, if one is named."""
+    loose = [name for name, tensor in it.own.items() if tensor.requires_grad]
+    if loose:
         raise it.trial.broken(
-            f"{frozen[0]} of the base trains",
-            f"assert not own[{frozen[0]!r}].requires_grad",
+            f"{when}: {loose[0]} of the base trains",
+            f"assert not own[{loose[0]!r}].requires_grad",
         )
-    if not all(factor.requires_grad for factor in factors):
+    pairs = dialect.live(active) if active else ""
+    if pairs and not all(f.requires_grad for pair in it.trial.value(pairs).values() for f in pair):
         raise it.trial.broken(
-            "a factor of the adapter does not train",
-            "assert all(f.requires_grad for pair in lora.factors(model).values() for f in pair)",
+            f"{when}: a factor of the adapter {active!r} does not train",
+            f"assert all(f.requires_grad for pair in {pairs}.values() for f in pair)",
         )
 
 
@@ -569,14 +701,25 @@ def _now(net: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return named.get(name, named.get(f"{owner}.base_layer.{leaf}", tensor))
 
 
-@_law("llama")
+@_law("llama", otherwise="linear")
 def padding_and_batch(it: Experiment) -> None:
     """Padding, its side and the other rows of a batch do not change a row's output."""
     it.attach()
     if not it.is_peft:
-        raise NotApplicable("a layer of one's own has no tokens to pad")
+        _own_padding(it)
+        return
     with quiet():
         it.check(lora.assert_padding_invariance, "# rows of x alone against rows of x padded")
+
+
+def _own_padding(it: Experiment) -> None:
+    """The rows of x one by one, and as positions of sequences that are padded on either side."""
+    terms = [it.terms()]
+    it.expect(terms, "each row alone", code="torch.cat([model(row[None]) for row in x])")
+    it.trial.run("batch = torch.randn(2, 5, x.shape[-1], dtype=x.dtype)")
+    for side, place in (("right", "[0, :3]"), ("left", "[0, 2:]")):
+        it.trial.run(f"batch[0] = 0\nbatch{place} = x")
+        it.expect(terms, f"as a sequence padded on the {side}", code=f"model(batch){place}")
 
 
 def _save(it: Experiment, folder: Path) -> None:
@@ -586,24 +729,210 @@ def _save(it: Experiment, folder: Path) -> None:
     it.model.save_pretrained(folder / "adapter")
 
 
-@_law("llama")
+def _saved(it: Experiment, folder: Path) -> Subject:
+    """What was saved, loaded again."""
+    _save(it, folder)
+    adapter = read_adapter(folder / "adapter" / FIRST)
+    return Subject(adapter, load_base(folder / "base", adapter=adapter), {"input_ids": it.x})
+
+
+@_law("llama", "experts llama", otherwise="many")
 def save_reload(it: Experiment) -> None:
     """Saved, and loaded by a process that has never seen it, it computes the same, bit for bit."""
     _require_untouched_base(it)
     it.attach()
-    if not it.is_peft:
-        raise NotApplicable("how a class of one's own is saved is not known")
+    if isinstance(it.dialect, OwnClass):
+        _own_reload(it, it.dialect)
+        return
     output = it.output()
-    with scratch("contract") as folder, quiet():
-        _save(it, folder)
-        adapter = read_adapter(folder / "adapter" / FIRST)
-        subject = Subject(adapter, load_base(folder / "base", adapter=adapter), {"input_ids": it.x})
+    with fresh.scratch("contract") as folder, quiet():
+        subject = _saved(it, folder)
         seed = it.case.seed % HASH_SEEDS
         shown = (f"model.save_pretrained('saved')  # and load it with PYTHONHASHSEED={seed}",)
         difference = how_different(subject.output(), output)
         if difference:
             raise it.trial.broken(f"loaded in the same process: {difference}", *shown)
         it.judge(subject, lambda s: lora.assert_save_reload(s, hash_seeds=(seed,)), *shown)
+
+
+def _own_reload(it: Experiment, dialect: OwnClass) -> None:
+    """Loaded onto the bare network, which follows from its seed: here, then in fresh processes."""
+    bare = Experiment(it.trial.law, dialect, it.case).trial
+    it.trial.run("saved = run()")
+    saved = it.trial.names["saved"]
+    with _folders(it) as [folder]:
+        it.must(dialect.save("folders[0].name"))
+        _load_own(it, dialect, "folders[0].name")
+        it.expect_bits(saved, "saved", "loaded onto the bare network")
+        code = f"{bare.script}\n{dialect.load(repr(folder))}\ny = run()"
+        for seed in range(HASH_SEEDS):
+            where = f"loaded in a fresh process with PYTHONHASHSEED={seed}"
+            try:
+                found = it.in_fresh_process(code, "{'y': y}", hash_seed=seed)["y"]
+            except fresh.Refused as refusal:
+                raise it.trial.broken(f"{where}: {refusal}", f"# {where}") from None
+            difference = how_different(found, saved)
+            if difference:
+                raise it.trial.broken(f"{where}: {difference}", f"# {where}")
+
+
+def _load_own(it: Experiment, dialect: OwnClass, place: str) -> None:
+    dialect.build(it.trial, it.case)
+    it.must(dialect.load(place))
+
+
+@contextlib.contextmanager
+def _folders(it: Experiment, count: int = 1) -> Iterator[list[str]]:
+    """``folders`` of the script, empty ones, removed in the end; their paths."""
+    made = f"folders = [tempfile.TemporaryDirectory() for _ in range({count})]"
+    it.trial.run(f"import tempfile\n{made}")
+    folders = it.trial.names["folders"]
+    try:
+        yield [folder.name for folder in folders]
+    finally:
+        for folder in folders:
+            folder.cleanup()
+
+
+@_law("tied llama")
+def merged_reload(it: Experiment) -> None:
+    """Merged, saved as a model of its own and loaded again, it computes the same."""
+    it.attach()
+    with fresh.scratch("contract") as folder, quiet():
+        subject = _saved(it, folder)
+        it.judge(subject, lora.assert_merged_reload, "merged = model.merge_and_unload()",
+                 "merged.save_pretrained('merged')  # and load it")  # fmt: skip
+
+
+@_law()
+def saved_alone(it: Experiment) -> None:
+    """What is saved of an adapter is the same whether or not there is another one."""
+    it.attach()
+    if isinstance(it.dialect, OwnClass):
+        _own_saved_alone(it, it.dialect)
+        return
+    read = f"peft.get_peft_model_state_dict(model, adapter_name={FIRST!r})"
+    it.trial.run(f"before = {{key: value.clone() for key, value in {read}.items()}}")
+    if not it.trial.names["before"]:
+        raise it.trial.broken("nothing is saved of it", "assert before")
+    it.add(SECOND, it.case.other())
+    it.trial.run(f"after = {read}")
+    before, after = it.trial.names["before"], it.trial.names["after"]
+    foreign, lost = sorted(set(after) - set(before)), sorted(set(before) - set(after))
+    changed = [key for key in before if key in after and not same_bits(before[key], after[key])]
+    for keys, what in (
+        (foreign, "is saved with it"),
+        (lost, "is not saved any more"),
+        (changed, "is saved with other values"),
+    ):
+        if keys:
+            raise it.trial.broken(
+                f"with another adapter there, {keys[0]} {what}",
+                "assert sorted(before) == sorted(after), set(before) ^ set(after)",
+                "assert all(torch.equal(before[key], after[key]) for key in before)",
+            )
+
+
+def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
+    """For a class: loaded again it computes the same, bit for bit; its files are its own affair."""
+    dialect.require("save", "load")
+    with _folders(it, 2):
+        it.must(dialect.save("folders[0].name"))
+        it.add(SECOND, it.case.other())
+        it.say("activate", FIRST)
+        it.must(dialect.save("folders[1].name"))
+        _load_own(it, dialect, "folders[0].name")
+        it.trial.run("alone = run()")
+        _load_own(it, dialect, "folders[1].name")
+        it.expect_bits(it.trial.names["alone"], "alone", "saved with another adapter there")
+
+
+# ------------------------------------------------------------------------------ what is declared
+
+
+def _configure(it: Experiment, **options: str) -> None:
+    """Give the configuration further settings."""
+    if not isinstance(it.dialect, Peft):
+        raise NotApplicable("a class of one's own is told which modules to adapt by name")
+    for option in options:
+        if not it.dialect.method.accepts(option):
+            raise NotApplicable(f"its configuration has no {option}")
+    it.case = replace(it.case, options={**it.case.options, **options})
+
+
+def _attach_layers(it: Experiment, **options: str) -> dict[str, Any]:
+    """Attach with further settings; the adapted modules by name."""
+    _configure(it, **options)
+    it.attach(fill=False)
+    it.trial.run("from peft.tuners.tuners_utils import BaseTunerLayer")
+    it.trial.run(
+        "adapted = {n: m for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)}"
+    )
+    adapted: dict[str, Any] = it.trial.names["adapted"]
+    return adapted
+
+
+@_law("layers", "bare layers")
+def chosen_layers(it: Experiment) -> None:
+    """layers_to_transform chooses by the number of the layer, the first one in a module's path."""
+    chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
+    names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
+    expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
+    found = set(_attach_layers(it, layers_to_transform=repr(chosen)))
+    if found != expected:
+        raise it.trial.broken(
+            f"layers {chosen}: adapted are {', '.join(sorted(found - expected)) or 'none'} of"
+            f" other layers; left out are {', '.join(sorted(expected - found)) or 'none'}",
+            f"assert set(adapted) == {expected!r}, set(adapted)",
+        )
+
+
+@_law("layers")
+def patterns_apply(it: Experiment) -> None:
+    """rank_pattern and alpha_pattern give modules a rank and scaling, the others keep theirs."""
+    if not isinstance(it.dialect, Peft) or not it.dialect.method.is_lora:
+        raise NotApplicable("only LoRA's ranks and scalings are known")
+    r, alpha = it.case.r, it.case.alpha
+    ranks, alphas = {"experts.1.up": 2 * r}, {"layers.0.experts.2.down": 3 * alpha}
+    adapted = _attach_layers(it, rank_pattern=repr(ranks), alpha_pattern=repr(alphas))
+    for key in (*ranks, *alphas):
+        if not any(name.endswith(key) for name in adapted):
+            raise it.trial.broken(
+                f"{key} is not adapted", f"assert any(n.endswith({key!r}) for n in adapted)"
+            )
+    for name, layer in adapted.items():
+        rank = next((value for key, value in ranks.items() if name.endswith(key)), r)
+        top = next((value for key, value in alphas.items() if name.endswith(key)), alpha)
+        scale = top / (rank**0.5 if it.dialect.name == "LORA+rslora" else rank)
+        found = len(layer.lora_A[FIRST].weight), layer.scaling[FIRST]
+        if found != (rank, scale):
+            raise it.trial.broken(
+                f"{name}: rank {found[0]} and scaling {found[1]:g}, declared are {rank} and"
+                f" {scale:g}",
+                f"layer = adapted[{name!r}]",
+                f"print(len(layer.lora_A[{FIRST!r}].weight), layer.scaling)",
+            )
+
+
+@_law("layers")
+def patterns_that_match_nothing(it: Experiment) -> None:
+    """A key of rank_pattern or alpha_pattern that matches no module is refused, or told."""
+    key = ("rank_pattern", "alpha_pattern")[it.case.seed % 2]
+    _configure(it, **{key: "{'no_such_module': 7}"})
+    with warnings.catch_warnings():
+        it.trial.run(
+            "import warnings\nwarnings.filterwarnings('error', message='(?s).*no_such_module')"
+        )
+        try:
+            it.dialect.attach(it.trial, it.case)
+        except Refused as refusal:
+            if "no_such_module" in str(refusal.error):
+                return
+            raise it.outcome(refusal, always=it.has_to_run) from None
+    raise it.trial.broken(
+        f"{key}: no module is called 'no_such_module', and nobody is told",
+        "assert False, 'there was no such warning'",
+    )
 
 
 LAWS: Mapping[str, Law] = dict(_TABLE)

@@ -65,6 +65,7 @@ class _Sequences(RuleBasedStateMachine):
     dialect: Dialect
     cases: st.SearchStrategy[Case]
     excuse: Callable[[ContractBroken], bool]
+    judged: Callable[[], None]
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,6 +221,7 @@ class _Sequences(RuleBasedStateMachine):
         if self._plain:
             terms = [self.adapters[name] for name in at_work]
             self.it.expect(terms, self._state(), merges=self.roundings)
+            type(self).judged()
         else:
             self._expect_memory(at_work)
         if not self.enabled:
@@ -229,8 +231,10 @@ class _Sequences(RuleBasedStateMachine):
         it = self._experiment
         if not at_work and not self.dialect.rewrites:
             it.expect_bits(it.base, "base", self._state())
+            type(self).judged()
         elif at_work in self.remembered:
             it.expect_bits(self.remembered[at_work], _name(at_work), self._state())
+            type(self).judged()
         else:
             it.output()
             name = _name(at_work)
@@ -251,10 +255,13 @@ def machine_for(
     dialect: Dialect,
     cases: st.SearchStrategy[Case],
     excuse: Callable[[ContractBroken], bool],
+    judged: Callable[[], None],
 ) -> type[RuleBasedStateMachine]:
     """The machine for one implementation, on networks drawn from ``cases``.
 
-    ``excuse`` says whether a failure is a known deviation, at which the sequence just ends.
+    ``excuse`` says whether a failure is a known deviation, at which the sequence just ends;
+    ``judged`` is called whenever an output was compared.
     """
-    names = {"dialect": dialect, "cases": cases, "excuse": staticmethod(excuse)}
+    names = {"dialect": dialect, "cases": cases, "excuse": staticmethod(excuse),
+             "judged": staticmethod(judged)}  # fmt: skip
     return type("Sequences", (_Sequences,), names)

@@ -68,14 +68,19 @@ _SMALL: Mapping[str, str] = {
 _LEFT_OUT = {"boft_block_num", "r_pattern"}
 # Initialisations in several steps, as PEFT's documentation has them.
 _STEPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "eva": ((), ("rows = torch.randn(64, x.shape[-1], dtype=x.dtype)",
+    "eva": ((), ("rows = x if x.dtype == torch.long else "
+                 "torch.randn(64, x.shape[-1], dtype=x.dtype)",
                  "peft.initialize_lora_eva_weights(model, [rows], forward_fn=lambda m, x: m(x), "
                  "prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, "
-                 "adapter_name='one', show_progress_bar=False)",)),
+                 "adapter_name='one', show_progress_bar=False)",
+                 "model.eval()  # layers of another rank have been made anew")),
     "corda": (("from peft.tuners.lora.corda import preprocess_corda",
-               "preprocess_corda(net, config, run_model=lambda: net(x))"), ()),
+               "rows = x.split(1) if x.dtype == torch.long else [x]  # one sequence at a time",
+               "preprocess_corda(net, config, run_model=lambda: [net(row) for row in rows])"), ()),
     "lora_ga": (("from peft import preprocess_loraga",
-                 "preprocess_loraga(net, config, lambda: net(x).square().sum().backward())",
+                 "def backward():\n    y = net(x)\n"
+                 "    getattr(y, 'logits', y).square().sum().backward()",
+                 "preprocess_loraga(net, config, backward)",
                  "net.zero_grad()"), ()),
 }  # fmt: skip
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["NETWORKS", "Network"]
+__all__ = ["NETWORKS", "ONLY_LORA", "Network"]
 
 _LINEAR = """
 class Net(torch.nn.Module):
@@ -21,6 +21,21 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         return torch.cat([self.up(x), self.down(x)], -1)
+"""
+_MANY = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = torch.nn.Linear({k}, {d})
+        self.key = torch.nn.Linear({k}, {e})
+        self.value = torch.nn.Linear({k}, {d})
+        self.output = torch.nn.Linear({k}, {e})
+        self.up = torch.nn.Linear({k}, {d})
+        self.down = torch.nn.Linear({k}, {e}, bias={bias})
+
+    def forward(self, x):
+        layers = self.query, self.key, self.value, self.output, self.up, self.down
+        return torch.cat([layer(x) for layer in layers], -1)
 """
 _CONV1D = """
 from transformers.pytorch_utils import Conv1D
@@ -93,6 +108,49 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.head(self.middle(self.table(x)))
 """
+_SAVED = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear({k}, {d})
+        self.down = torch.nn.Linear({k}, {e})
+        self.head = torch.nn.Linear({d} + {e}, {k})
+
+    def forward(self, x):
+        return self.head(torch.cat([self.up(x), self.down(x)], -1).tanh())
+"""
+_LAYERS = """
+class Part(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear({k}, {d})
+        self.down = torch.nn.Linear({k}, {e})
+
+    def forward(self, x):
+        return torch.cat([self.up(x), self.down(x)], -1)
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([Part() for _ in range(3)])
+
+class Body(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer() for _ in range(3)])
+
+    def forward(self, x):
+        return sum(part(x) for layer in self.layers for part in layer.experts)
+"""
+_INNER = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Body()
+
+    def forward(self, x):
+        return self.inner(x)
+"""
 _LLAMA = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,9 +160,25 @@ class Net(LlamaForCausalLM):
             vocab_size=40, hidden_size={k}, intermediate_size={d}, num_hidden_layers=1,
             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
-            tie_word_embeddings=False,
+            tie_word_embeddings={tied},
         ))
 """
+_MOE = """
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+class Net(Qwen2MoeForCausalLM):
+    def __init__(self):
+        super().__init__(Qwen2MoeConfig(
+            vocab_size=40, hidden_size={k}, intermediate_size={d}, num_hidden_layers=1,
+            moe_intermediate_size={d}, shared_expert_intermediate_size={e}, num_experts=2,
+            num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1,
+            max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            initializer_range=0.2, tie_word_embeddings=False,
+        ))
+"""
+
+
+_ON_TOKENS = "model(input_ids=x).logits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +194,7 @@ class Network:
         parameters: parameters to adapt, where layers of several experts share one.
         linear: modules whose outputs are side by side in the network's, in this order, each
             computing ``x W^T + b``.
+        saved: modules that are trained whole and saved with the adapter.
     """
 
     source: str
@@ -128,10 +203,21 @@ class Network:
     targets: tuple[str, ...] = ("up", "down")
     parameters: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it is a causal language model of transformers."""
+        return self.call == _ON_TOKENS
+
+
+_SIX = ("query", "key", "value", "output", "up", "down")
+"""So many that the order of a set of them is another one in almost every process."""
+_TOKENS = "torch.randint(3, 40, (2, 9))"
 
 NETWORKS: Mapping[str, Network] = {
     "linear": Network(_LINEAR, "torch.randn(3, {k}, dtype={dtype})", linear=("up", "down")),
+    "many": Network(_MANY, "torch.randn(3, {k}, dtype={dtype})", targets=_SIX, linear=_SIX),
     "conv1d": Network(_CONV1D, "torch.randn(3, {k}, dtype={dtype})", linear=("up", "down")),
     "embedding": Network(_EMBEDDING, "torch.randint({k}, (3, 4))", targets=("table",)),
     "convolution": Network(_CONVOLUTION, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
@@ -144,10 +230,24 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
+    "saved": Network(_SAVED, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
+    "layers": Network(_LAYERS + _INNER, "torch.randn(3, {k}, dtype={dtype})"),
+    "bare layers": Network(_LAYERS + "\nNet = Body\n", "torch.randn(3, {k}, dtype={dtype})"),
     "llama": Network(
-        _LLAMA,
-        "torch.randint(3, 40, (2, 9))",
-        call="model(input_ids=x).logits",
-        targets=("q_proj", "up_proj"),
+        _LLAMA.replace("{tied}", "False"), _TOKENS, call=_ON_TOKENS, targets=("q_proj", "up_proj")
     ),
-}
+    "tied llama": Network(
+        _LLAMA.replace("{tied}", "True"), _TOKENS, call=_ON_TOKENS, targets=("q_proj", "up_proj"),
+        saved=("lm_head", "embed_tokens"),
+    ),
+    "experts llama": Network(
+        _MOE, _TOKENS, call=_ON_TOKENS, targets=("q_proj", "v_proj"),
+        saved=("shared_expert", "shared_expert_gate"),  # one name begins with the other
+    ),
+}  # fmt: skip
+"""The networks by name."""
+
+ONLY_LORA = ("grouped", "experts", "saved", "tied llama", "experts llama")
+"""Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
+or needs a setting that only LoRA has.
+"""

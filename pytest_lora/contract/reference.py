@@ -134,11 +134,24 @@ class Reference:
         )
 
     def miss(
-        self, found: torch.Tensor, adapters: Iterable[Mapping[str, Term]], merges: int = 0
+        self,
+        found: torch.Tensor,
+        adapters: Iterable[Mapping[str, Term]],
+        merges: int = 0,
+        slack: Mapping[str, float] | None = None,
     ) -> Miss | None:
-        """The worst element outside its bound, if there is one."""
+        """The worst element outside its bound, if there is one.
+
+        ``slack`` is how far each layer's product may be off, in the Frobenius norm, before it is
+        used: |x E^T| <= |x| |E|.
+        """
         active = list(adapters)
         expected, bound = self.output(active), self.bound(active, merges)
+        if slack is not None:
+            widths = [(name, len(self.weights[name])) for name in self.names]
+            each = [slack.get(name, 0.0) for name, width in widths for _ in range(width)]
+            lengths = torch.linalg.vector_norm(self.x.double(), dim=1, keepdim=True)
+            bound = bound + lengths * torch.tensor(each, dtype=torch.float64)
         ratio = ((found.double() - expected).abs() / bound).nan_to_num(torch.inf, torch.inf)
         worst = int(ratio.argmax())
         index = divmod(worst, ratio.shape[-1])

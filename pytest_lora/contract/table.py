@@ -40,16 +40,25 @@ def summary(verdicts: Sequence[Verdict]) -> Iterator[str]:
     yield counts
     known: dict[str, list[str]] = {}
     missed: dict[str, list[str]] = {}
+    tried: dict[str, int] = {}
     for verdict in verdicts:
         for reason in verdict.known:
             known.setdefault(reason, []).append(f"{verdict.law}[{verdict.method}]")
         for reason in verdict.missed:
             missed.setdefault(reason, []).append(f"{verdict.law}[{verdict.method}]")
+            tried[reason] = tried.get(reason, 0) + verdict.examples
     for reason, places in known.items():
         yield f"known: {_few(places)}: {reason}"
     for reason, places in missed.items():
         if reason not in known:
-            yield f"known, but did not show; is it mended? {_few(places)}: {reason}"
+            yield (
+                f"known, but did not show in {_examples(tried[reason])}; is it mended? "
+                f"{_few(places)}: {reason}"
+            )
+
+
+def _examples(count: int) -> str:
+    return "1 example" if count == 1 else f"{count} examples"
 
 
 def _few(places: Sequence[str]) -> str:

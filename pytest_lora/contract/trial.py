@@ -86,9 +86,9 @@ class Trial:
         """What ``expression`` is at this point; not written down."""
         return eval(expression, self.names)
 
-    def output(self) -> torch.Tensor:
-        """Run the model on the script's inputs, without gradients."""
-        self.run("y = run()")
+    def output(self, code: str = "") -> torch.Tensor:
+        """Run the model on the script's inputs, or ``code``, without gradients."""
+        self.run(f"with torch.no_grad():\n    y = {code}" if code else "y = run()")
         output: torch.Tensor = self.names["y"]
         return output
 

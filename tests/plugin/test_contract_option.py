@@ -93,6 +93,22 @@ def test_the_installed_peft_is_held_and_known_deviations_are_expected_failures(
     )
 
 
+def test_a_peft_that_attaches_nothing_fails_the_run(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'foo'")
+
+    monkeypatch.setattr(peft, "get_peft_model", broken)
+    chosen = "([LORA] or IA3) and (forward or isolation or sequences)"
+    result = run(project, "--lora-contract", "-k", chosen)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["0 pass (.), 5 fail (F), 1 n/a (-), 0 known (k)"])
+    result.stdout.fnmatch_lines(["*AttributeError: 'NoneType' object has no attribute 'foo'*"])
+
+
 def test_hypothesis_profiles_and_seeds_do_what_they_do_elsewhere(project: pytest.Pytester) -> None:
     layer(project, "profiled_layer")
     project.makeconftest(

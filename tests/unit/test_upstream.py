@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 import warnings
 
@@ -19,8 +20,9 @@ SCRIPTS: dict[str, str] = dict(re.findall(r"^## (.*?)\n.*?^```py\n(.*?)^```$", P
 
 def _error_of(script: str) -> type[Exception]:
     """What the script's last comment names, else that its assertion fails."""
-    named = re.findall(r"  # (KeyError|TypeError)", script)
-    return {"KeyError": KeyError, "TypeError": TypeError}[named[0]] if named else AssertionError
+    named = re.findall(r"  # (\w+Error)\b", script)
+    found: type[Exception] = getattr(builtins, named[0]) if named else AssertionError
+    return found
 
 
 @pytest.mark.parametrize("title", SCRIPTS)

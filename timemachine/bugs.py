@@ -1,0 +1,141 @@
+"""Reports of faults in releases, and how a sweep of the contract shows each of them.
+
+The sweeps know nothing of this list.  A report is caught if, under the release that has the fault,
+a law fails and says what the report says; it is silent if under the other release no law says so.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timemachine.stacks import NEWEST, Stack
+
+__all__ = ["BUGS", "Bug", "Finding", "find"]
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One report.
+
+    Attributes:
+        thread: where it was reported.
+        fault: one line on what went wrong.
+        law: of the contract.
+        methods: shell pattern of the methods that have it.
+        shows: regular expression for what the law says.
+        affected: releases that have it.
+        fixed: releases that have not; None where none is known.
+    """
+
+    thread: str
+    fault: str
+    law: str
+    methods: str
+    shows: str
+    affected: Stack
+    fixed: Stack | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a sweep says of a report.
+
+    Attributes:
+        cells: methods with which the law says it.
+        examples: how many were tried until it showed, at best.
+        evidence: what the law said there.
+        known: whether the package lists it as a known deviation.
+        tried: methods with which the law was decided at all.
+    """
+
+    cells: tuple[str, ...]
+    examples: int
+    evidence: str
+    known: bool
+    tried: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {"cells": list(self.cells), "examples": self.examples, "evidence": self.evidence,
+                "known": self.known, "tried": self.tried}  # fmt: skip
+
+
+def find(bug: Bug, sweep: Mapping[str, Mapping[str, Any]]) -> Finding:
+    """The cells of a sweep that say what the report says."""
+    asked = [
+        cell
+        for cell in sweep.values()
+        if cell["law"] == bug.law and fnmatch.fnmatchcase(cell["method"], bug.methods)
+    ]
+    saying = [cell for cell in asked if re.search(bug.shows, _said(cell))]
+    decided = [cell for cell in asked if cell["result"] != "n/a"]
+    if not saying:
+        return Finding((), 0, "", False, len(decided))
+    first = min(saying, key=lambda cell: (cell["examples"], cell["method"] != "LORA"))
+    methods = tuple(cell["method"] for cell in saying)
+    known = all(cell["result"] == "known" for cell in saying)
+    return Finding(methods, 0 if known else first["examples"], _said(first), known, len(decided))
+
+
+def _said(cell: Mapping[str, Any]) -> str:
+    """What a failed or known cell said."""
+    return str(cell["reason"]) if cell["result"] == "fail" else "; ".join(cell["known"])
+
+
+def _bug(
+    thread: str,
+    fault: str,
+    law: str,
+    shows: str,
+    affected: str = NEWEST,
+    fixed: str | None = None,
+    methods: str = "*",
+) -> Bug:
+    sound = None if fixed is None else Stack.parse(fixed)
+    return Bug(thread, fault, law, methods, shows, Stack.parse(affected), sound)
+
+
+BUGS = (
+    _bug("peft#1505", "a refused safe merge has changed the base already",
+         "safe_merge_is_safe", "of the base is changed", "0.8.2", "0.9.0"),
+    _bug("peft#1884", "a fresh AdaLoRA adapter changes the output",
+         "identity_at_initialisation", "a fresh adapter", "0.11.1", "0.12.0", "ADALORA"),
+    _bug("peft#2018", "merging a tied head rewrites the embedding",
+         "tied_weights", "the embedding changes too"),
+    _bug("peft#2334", "saved modules with similar names change places on loading",
+         "save_reload", "values differ", "0.14.0", "0.15.0", "LORA"),
+    _bug("peft#2422", "switching away and back loses the trained head",
+         "isolation", "without saved modules", "0.14.0", "0.15.0"),
+    _bug("peft#2489", "merging a LoRA bias leaves out the scaling",
+         "merge_equivalence", "bias.*rounding bound", "0.15.2", "0.16.0", "LORA+lora_bias"),
+    _bug("peft#3004", "a negative weight of a combination comes out positive",
+         "combination", r"\[-1\.0\]", "0.18.1", "0.19.0"),
+    _bug("peft#3180", "TinyLoRA's projections follow from the hash of the adapter's name",
+         "seeded_initialisation", "PYTHONHASHSEED=0 and", "0.19.1", "0.20.0", "TINYLORA"),
+    _bug("peft#3216", "unmerging IA3 multiplies a bias once more",
+         "unmerge_restoration", "bias.*can lose", "0.19.1", "0.20.0", "IA3"),
+    _bug("peft#3282", "saving an adapter also saves one with a longer name",
+         "saved_alone", "is saved with it", "0.19.1", "0.20.0"),
+    _bug("peft#3318", "layers_to_transform chooses experts",
+         "chosen_layers", r"adapted are inner\.", "0.19.1", "0.20.0"),
+    _bug("peft#3482", "adapters merged in turn are not those active together",
+         "order_of_merges", "in turn and unmerged", "0.20.0", "0.21.0", "HIRA"),
+    _bug("peft#3504", "deleting a merged adapter leaves it in the base",
+         "frozen_weights", "delete while merged", "0.20.0", "0.21.0"),
+    _bug("peft#3580", "a second, trainable adapter thaws the first and is frozen",
+         "requires_grad", r"after load_adapter\(is_trainable=True\)", "0.20.0", "0.21.0"),
+    _bug("peft#3581", "a hot swap into a merged adapter does nothing",
+         "isolation", "hot-swapping into a merged adapter", "0.20.0", "0.21.0"),
+    _bug("peft#3582", "pattern keys that match nothing are ignored",
+         "patterns_that_match_nothing", "nobody is told", "0.20.0", "0.21.0"),
+    _bug("peft#3761", "a combination of one adapter is another one",
+         "combination", "3761"),
+    _bug("transformers#45127", "a merged model is loaded with its head tied again",
+         "merged_reload", "merged, saved and loaded again", "0.14.0", "0.20.0"),
+    _bug("trl#6688", "in half precision the error grows with every merge",
+         "unmerge_without_growth", "6688", "0.16.0", "0.15.2"),
+)  # fmt: skip
