@@ -60,8 +60,14 @@ if TYPE_CHECKING:
     )
     from pytest_lora.checks.learning import measure_task_accuracy as measure_task_accuracy
     from pytest_lora.checks.learning import measure_task_change as measure_task_change
+    from pytest_lora.checks.memory import measure_memory_inference as measure_memory_inference
+    from pytest_lora.checks.memory import measure_memory_load as measure_memory_load
+    from pytest_lora.checks.memory import measure_memory_merge as measure_memory_merge
+    from pytest_lora.checks.memory import measure_memory_train_step as measure_memory_train_step
     from pytest_lora.checks.merge import measure_merge_equivalence as measure_merge_equivalence
+    from pytest_lora.checks.metric import measure_metric as measure_metric
     from pytest_lora.checks.padding import measure_padding_invariance as measure_padding_invariance
+    from pytest_lora.checks.parity import measure_serving_parity as measure_serving_parity
     from pytest_lora.checks.reference import measure_reference_policy as measure_reference_policy
     from pytest_lora.checks.reload import measure_merged_reload as measure_merged_reload
     from pytest_lora.checks.reload import measure_save_reload as measure_save_reload
@@ -96,11 +102,20 @@ if TYPE_CHECKING:
     from pytest_lora.memory.accounting import account_adapter as account_adapter
     from pytest_lora.memory.measured import measure_cpu_memory as measure_cpu_memory
     from pytest_lora.memory.measured import measure_gpu_memory as measure_gpu_memory
+    from pytest_lora.memory.measured import measure_memory_left as measure_memory_left
+    from pytest_lora.memory.plan import MemoryPlan as MemoryPlan
     from pytest_lora.memory.plot import memory_svg as memory_svg
     from pytest_lora.memory.predict import predict_memory as predict_memory
     from pytest_lora.memory_assertions import assert_gpu_memory as assert_gpu_memory
+    from pytest_lora.memory_assertions import assert_memory_inference as assert_memory_inference
+    from pytest_lora.memory_assertions import assert_memory_load as assert_memory_load
+    from pytest_lora.memory_assertions import assert_memory_merge as assert_memory_merge
+    from pytest_lora.memory_assertions import assert_memory_train_step as assert_memory_train_step
     from pytest_lora.memory_assertions import assert_memory_unchanged as assert_memory_unchanged
+    from pytest_lora.memory_assertions import assert_no_memory_left as assert_no_memory_left
     from pytest_lora.memory_assertions import limit_memory as limit_memory
+    from pytest_lora.parity import assert_metric_sound as assert_metric_sound
+    from pytest_lora.parity import assert_serving_parity as assert_serving_parity
     from pytest_lora.records import Bound as Bound
     from pytest_lora.records import CheckResult as CheckResult
     from pytest_lora.records import Measurement as Measurement
@@ -148,9 +163,20 @@ _HOMES = {
     "TargetTask": "data",
     "UsageError": "errors",
     "assert_gpu_memory": "memory_assertions",
+    "assert_memory_inference": "memory_assertions",
+    "assert_memory_load": "memory_assertions",
+    "assert_memory_merge": "memory_assertions",
+    "assert_memory_train_step": "memory_assertions",
     "assert_memory_unchanged": "memory_assertions",
+    "assert_no_memory_left": "memory_assertions",
+    "MemoryPlan": "memory.plan",
+    "measure_memory_inference": "checks.memory",
+    "measure_memory_load": "checks.memory",
+    "measure_memory_merge": "checks.memory",
+    "measure_memory_train_step": "checks.memory",
     "limit_memory": "memory_assertions",
     "measure_gpu_memory": "memory.measured",
+    "measure_memory_left": "memory.measured",
     "measure_cpu_memory": "memory.measured",
     "predict_memory": "memory.predict",
     "account_adapter": "memory.accounting",
@@ -203,20 +229,24 @@ _HOMES = {
     "assert_accumulation_equivalent": "training",
     "assert_checkpointing_equivalent": "training",
     "assert_gradient_coverage": "training",
+    "assert_metric_sound": "parity",
     "assert_optimizer_holds": "training",
     "assert_overfits_one_batch": "training",
     "assert_reference_policy": "training",
     "assert_resume_equivalent": "training",
     "assert_seeded_initialisation": "training",
+    "assert_serving_parity": "parity",
     "assert_trains_only_adapter": "training",
     "measure_accumulation_equivalent": "checks.gradients",
     "measure_checkpointing_equivalent": "checks.gradients",
     "measure_gradient_coverage": "checks.training",
+    "measure_metric": "checks.metric",
     "measure_optimizer_holds": "checks.training",
     "measure_overfits_one_batch": "checks.training",
     "measure_reference_policy": "checks.reference",
     "measure_resume_equivalent": "checks.repeatable",
     "measure_seeded_initialisation": "checks.repeatable",
+    "measure_serving_parity": "checks.parity",
     "measure_trains_only_adapter": "checks.training",
     "measure_delta_spectrum": "checks.spectrum",
 }

@@ -22,6 +22,7 @@ from pytest_lora import loading
 from pytest_lora.adapter import read_adapter
 from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.locate import AdapterLocation
+from pytest_lora.numerics.precision import set_switches, switches
 from pytest_lora.probe import output_of
 from pytest_lora.subject import BaseModel, Subject
 
@@ -31,6 +32,7 @@ __all__ = [
     "OUTPUTS",
     "RESULT",
     "Job",
+    "Script",
     "apply_numeric_state",
     "describe_job",
     "numeric_state",
@@ -69,11 +71,30 @@ class Job:
     numeric: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Script:
+    """A program of our own to run, on the CPU.
+
+    Attributes:
+        code: what it does.
+        gives: an expression for the tensors to give back, by name.
+        paths: directories to import from, after all others.
+        numeric: as for a :class:`Job`.
+    """
+
+    code: str
+    gives: str
+    paths: tuple[str, ...] = ()
+    numeric: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 # ------------------------------------------------------------------------------ the wire format
 
 
-def describe_job(job: Job) -> dict[str, Any]:
+def describe_job(job: Job | Script) -> dict[str, Any]:
     """The job as a JSON object; :func:`read_job` is the inverse."""
+    if isinstance(job, Script):
+        return {**dataclasses.asdict(job), "paths": list(job.paths)}
     spec, where = job.spec, job.adapter
     return {
         "spec": {
@@ -82,6 +103,8 @@ def describe_job(job: Job) -> dict[str, Any]:
             "num_labels": spec.num_labels,
             "dtype": _dtype_name(spec.dtype),
             "device": str(spec.device),
+            "device_map": spec.device_map,
+            "max_memory": list(spec.max_memory),
         },
         "adapter": where and {
             "path": str(where.path.absolute()),
@@ -95,8 +118,10 @@ def describe_job(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_job(data: Mapping[str, Any]) -> Job:
+def read_job(data: Mapping[str, Any]) -> Job | Script:
     """The job that :func:`describe_job` described."""
+    if "code" in data:
+        return Script(**{**data, "paths": tuple(data["paths"])})
     spec, where = data["spec"], data["adapter"]
     return Job(
         spec=loading.BaseSpec(
@@ -105,6 +130,8 @@ def read_job(data: Mapping[str, Any]) -> Job:
             num_labels=spec["num_labels"],
             dtype=_dtype(spec["dtype"]),
             device=torch.device(spec["device"]),
+            device_map=spec["device_map"],
+            max_memory=tuple(spec["max_memory"]),
         ),
         adapter=where
         and AdapterLocation(Path(where["path"]), _path(where["weights"]), where["name"]),
@@ -137,18 +164,17 @@ def numeric_state() -> dict[str, Any]:
     """
     return {
         "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "precision": switches(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "default_dtype": _dtype_name(torch.get_default_dtype()),
         "mkldnn": torch.backends.mkldnn.enabled,
         "sdp": {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _SDP},
-        "matmul": {name: getattr(torch.backends.cuda.matmul, name) for name in _MATMUL},
         "cudnn": {name: getattr(torch.backends.cudnn, name) for name in _CUDNN},
     }
 
 
-_SDP = ("flash", "mem_efficient", "math")
-_MATMUL = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+_SDP = ("flash", "mem_efficient", "math", "cudnn")
 _CUDNN = ("benchmark", "deterministic")
 
 
@@ -157,14 +183,12 @@ def apply_numeric_state(state: Mapping[str, Any]) -> None:
     if not state:
         return
     torch.set_num_threads(state["threads"])
-    torch.set_float32_matmul_precision(state["matmul_precision"])
-    torch.use_deterministic_algorithms(state["deterministic"])
+    set_switches(state["precision"])
+    torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
     torch.set_default_dtype(getattr(torch, state["default_dtype"]))
     torch.backends.mkldnn.enabled = state["mkldnn"]
     for name, value in state["sdp"].items():
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(value)
-    for name, value in state["matmul"].items():
-        setattr(torch.backends.cuda.matmul, name, value)
     for name, value in state["cudnn"].items():
         setattr(torch.backends.cudnn, name, value)
 
@@ -179,7 +203,10 @@ def perform(directory: Path) -> None:
     try:
         job = read_job(json.loads((directory / JOB).read_text(encoding="utf-8")))
         apply_numeric_state(job.numeric)
-        outputs = _do(job, load_file(directory / INPUTS))
+        if isinstance(job, Script):
+            outputs = _execute(job)
+        else:
+            outputs = _do(job, load_file(directory / INPUTS))
         save_file({name: _plain(tensor) for name, tensor in outputs.items()}, directory / OUTPUTS)
         result: dict[str, Any] = {"ok": True}
     except (CannotRun, NotApplicable) as reason:
@@ -194,6 +221,18 @@ def perform(directory: Path) -> None:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _execute(script: Script) -> dict[str, torch.Tensor]:
+    """The tensors it gives; what it raises is the answer, and no fault of this process."""
+    sys.path += [path for path in script.paths if path not in sys.path]
+    names: dict[str, Any] = {"__name__": "fresh"}
+    try:
+        with loading.quiet():
+            exec(compile(script.code, "<fresh>", "exec"), names)
+            return dict(eval(script.gives, names))
+    except Exception as error:
+        raise CannotRun(loading.one_line(error)) from error
 
 
 def _do(job: Job, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -239,9 +278,9 @@ def _merge(model: Any, target: Path, inputs: Mapping[str, torch.Tensor]) -> torc
     try:
         with loading.quiet():
             merged = model.merge_and_unload()
-    except torch.OutOfMemoryError:
-        raise
     except _CANNOT_MERGE as error:
+        if _is_of_the_device(error):
+            raise
         raise NotApplicable(f"PEFT cannot merge it ({name}): {loading.one_line(error)}") from None
     if not hasattr(merged, "save_pretrained"):
         raise NotApplicable(f"{type(merged).__name__} is no transformers model and cannot be saved")
@@ -249,6 +288,12 @@ def _merge(model: Any, target: Path, inputs: Mapping[str, torch.Tensor]) -> torc
     with loading.quiet():
         merged.save_pretrained(target)
     return output
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Whether a device failed or had no room left, which says nothing of what can be merged."""
+    kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
+    return isinstance(error, kinds) or "CUDA error" in str(error)
 
 
 def _run(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

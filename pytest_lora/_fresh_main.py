@@ -5,7 +5,8 @@
 Without ``--job`` it imports the libraries once and then serves jobs from standard input, each in a
 fork of its own: a process that has never seen a model, ready in milliseconds.  A parent that is
 done with it kills it.  When its input ends instead, the parent is gone: then it ends as well,
-whatever it is doing, and removes HOME, which the parent can no longer do.
+whatever it is doing, and removes HOME, which the parent can no longer do; a HOME without the mark
+that the parent left in its own is refused at the start, so that a wrong path removes nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_OURS = ".pytest-lora-scratch"  # as in fresh.py
 
 
 def main() -> None:
@@ -33,6 +35,8 @@ def main() -> None:
     parser.add_argument("--job", type=Path)
     parser.add_argument("--path", action="append", default=[])
     options = parser.parse_args()
+    if not (options.home / _OURS).is_file():
+        parser.error(f"{options.home} is not a directory that pytest-lora made for itself")
     read, write = _take_over_streams()
     # Behind everything else, so that nothing there can stand in for a standard module.
     sys.path += [entry for entry in options.path if entry not in sys.path]

@@ -21,8 +21,9 @@ __all__ = ["MOST", "annotations_of"]
 MOST = 10
 """Errors of one step that GitHub shows."""
 _TROUBLE = (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)
-# How a value from a profile names its place: "key in path/lora.toml:12", the line where known.
-_ORIGIN = re.compile(r"(?P<key>[^ ]+) in (?P<path>.+?)(?::(?P<line>\d+))?")
+# How a value from a profile names its place: "key in path/lora.toml:12", the line where known, and
+# after that how it came about, as in ": baseline + 0.1".
+_ORIGIN = re.compile(r"(?P<key>[^ ]+) in (?P<path>.+?\.toml)(?::(?P<line>\d+))?(?:: .+)?")
 
 
 def annotations_of(run: Run, results: Sequence[CheckResult], root: Path) -> list[Annotation]:
@@ -36,7 +37,7 @@ def annotations_of(run: Run, results: Sequence[CheckResult], root: Path) -> list
         Annotation(
             path.relative_to(root).as_posix(),
             line,
-            f"{clean(result.check)}: {clean(result.adapter)}",
+            f"{clean(result.label)}: {clean(result.adapter)}",
             explain(result),
         )
         for result in results
@@ -77,7 +78,7 @@ def _line_of_bound(bound: Bound | None, start: Path) -> tuple[Path, int] | None:
     if match is None:
         return None
     path = (start / match["path"]).resolve()
-    if path.suffix != ".toml" or not path.is_file():
+    if not path.is_file():
         return None
     return path, int(match["line"] or _line_of_key(path, match["key"]))
 

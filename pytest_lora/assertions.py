@@ -609,6 +609,7 @@ def _judge(
     started = time.perf_counter()
     try:
         measurement = measure()
+        outcome = limits.judge(measurement)
     except NotApplicable as reason:
         emit(_undecided(check, adapter, Outcome.SKIPPED, str(reason), started, part))
         raise
@@ -616,14 +617,13 @@ def _judge(
         outcome = Outcome.SKIPPED if reason.missing else Outcome.ERROR
         emit(_undecided(check, adapter, outcome, str(reason), started, part))
         raise
-    outcome = limits.judge(measurement)
     result = CheckResult(
         check=check,
         adapter=adapter,
         outcome=outcome,
         advice="" if outcome is Outcome.PASSED else _advice(check, measurement),
         measurement=measurement,
-        bound=limits,
+        bound=Bound(limits.low, limits.high, limits.origin),  # without what it is relative to
         seconds=time.perf_counter() - started,
         part=part,
     )

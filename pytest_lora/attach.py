@@ -93,7 +93,10 @@ def own_randomness() -> Iterator[None]:
     """PEFT draws initial values before it loads: the same ones every time, unnoticed by others."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(0)
+        # Not torch.manual_seed: without a device it keeps the caller's stack as text, every time.
+        torch.default_generator.manual_seed(0)
+        if devices:
+            torch.cuda.manual_seed_all(0)
         yield
 
 
@@ -146,11 +149,21 @@ def saved_copy(model: Any) -> Adapter:
         raise UsageError("the adapter is merged; call unmerge_adapter() first")
     home = tempfile.mkdtemp(prefix="pytest-lora-")
     weakref.finalize(model, shutil.rmtree, home, ignore_errors=True)
-    with quiet():
+    with quiet(), _without_model_card(model):
         # The embedding, resized or not, is already the one of the base it is checked on.
         model.save_pretrained(home, selected_adapters=active, save_embedding_layers=False)
     path = Path(home) if active[0] == "default" else Path(home) / active[0]
     return read_adapter(AdapterLocation(path=path, weights=None, name=active[0]))
+
+
+@contextlib.contextmanager
+def _without_model_card(model: PeftModel) -> Iterator[None]:
+    """Saving renders a README as well, which takes longer than all the rest of a small adapter."""
+    vars(model)["create_or_update_model_card"] = lambda *_: None
+    try:
+        yield
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 def strip(root: torch.nn.Module) -> None:

@@ -52,6 +52,7 @@ class CheckSpec:
         unit: unit of the movable bound.
         per: kind of entry of the profile, ``"sources"`` or ``"tasks"``, that the check is made for;
             without any there is nothing to check.  Empty for checks made once per adapter.
+        opt_in: made only for adapters whose bound somebody set; there is no default.
     """
 
     id: str
@@ -63,12 +64,14 @@ class CheckSpec:
     default: float = 0.0
     unit: str = ""
     per: str = ""
+    opt_in: bool = False
 
 
 _SOUND = ("adapter_files", "config_matches_weights", "finite_weights")
 _LOADS = (*_SOUND, "base_compatibility")
 _ACTS = (*_LOADS, "adapter_effect")
 _BOUND_UNIT = "times the rounding bound"
+_SIZE_UNIT = "GiB of GPU memory"
 
 CHECKS: tuple[CheckSpec, ...] = (
     CheckSpec(
@@ -182,6 +185,50 @@ CHECKS: tuple[CheckSpec, ...] = (
         limit="at most",
         default=1.0,
         unit=_BOUND_UNIT,
+    ),
+    CheckSpec(
+        "memory_load",
+        "Does putting it on its base take no more GPU memory than you allow?",
+        Need.FORWARD,
+        "seconds",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit=_SIZE_UNIT,
+        opt_in=True,
+    ),
+    CheckSpec(
+        "memory_inference",
+        "Does inference take no more GPU memory than you allow?",
+        Need.FORWARD,
+        "seconds",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit=_SIZE_UNIT,
+        opt_in=True,
+    ),
+    CheckSpec(
+        "memory_train_step",
+        "Does a training step take no more GPU memory than you allow?",
+        Need.FORWARD,
+        "seconds",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit=_SIZE_UNIT,
+        opt_in=True,
+    ),
+    CheckSpec(
+        "memory_merge",
+        "Does merging take no more GPU memory than you allow?",
+        Need.FORWARD,
+        "seconds",
+        after=_LOADS,
+        limit="at most",
+        default=math.inf,
+        unit=_SIZE_UNIT,
+        opt_in=True,
     ),
     CheckSpec(
         "save_reload",

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lora.errors import UsageError
+from pytest_lora.errors import CannotRun, UsageError
+from pytest_lora.memory_command import add_options, predict_memory_command
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a failure, 4 for a wrong request."""
+    """Run one command; returns the exit status: 0, 1 for a failure, 4 for a wrong request.
+
+    ``predict-memory`` has one more, 3: too close to call.
+    """
     parser = _parser()
     given, further = parser.parse_known_args(arguments)
     if further and given.command != "check":
@@ -27,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "check":
             return _check(given.adapter, further)
+        if given.command == "predict-memory":
+            return predict_memory_command(given)
         return _inspect(given.adapter) if given.command == "inspect" else _compare(given)
-    except UsageError as error:
+    except (CannotRun, UsageError) as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return int(pytest.ExitCode.USAGE_ERROR)
 
@@ -48,6 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--across", action="append", default=[], metavar="FIELD", help="a field that may differ"
     )
+    compare.add_argument(
+        "--error-rate",
+        type=float,
+        default=0.001,
+        metavar="P",
+        help="chance that items compared in pairs call anything worse that is not (default: 0.001)",
+    )
+    predict = commands.add_parser(
+        "predict-memory",
+        help="say whether a training step, inference, a load or a merge fits a GPU, without one",
+        description="Exit status: 0 it fits, 1 it does not, 3 too close to call, 4 not to be said.",
+    )
+    add_options(predict)
     return parser
 
 
@@ -77,6 +96,8 @@ def _inspect(specs: Sequence[str]) -> int:
 def _compare(given: argparse.Namespace) -> int:
     from pytest_lora.comparison import compare_reports, table_of
 
-    changes = compare_reports(given.before, given.after, across=given.across)
+    changes = compare_reports(
+        given.before, given.after, across=given.across, error_rate=given.error_rate
+    )
     print(table_of(changes))
     return int(any(change.regression for change in changes))

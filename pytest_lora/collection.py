@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 
@@ -19,12 +20,25 @@ from pytest_lora import suite
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, find_check
 from pytest_lora.errors import UsageError
 from pytest_lora.fixtures import PARTS
+from pytest_lora.memory.profiles import find_profile
 from pytest_lora.records import CheckResult, Outcome
 from pytest_lora.run import Run
+from pytest_lora.settings import option_name
 
-__all__ = ["SuiteModule", "SuitePlan", "collect_suite", "is_left_out", "part_of", "spec_of"]
+__all__ = [
+    "RootDirectory",
+    "SuiteModule",
+    "SuitePlan",
+    "asked_for",
+    "collect_suite",
+    "is_left_out",
+    "part_of",
+    "spec_of",
+]
 
-_MODULES = ("files", "base", "weights", "switching", "merge", "reload", "forgetting", "learning")
+_MODULES = (
+    "files", "base", "weights", "switching", "merge", "memory", "reload", "forgetting", "learning"
+)  # fmt: skip
 _NODE_ID = re.compile(r"lora/test_\w+::test_(?P<check>\w+)\[(?P<adapter>.*)\](?:@.*)?", re.DOTALL)
 
 
@@ -41,6 +55,29 @@ class SuiteModule(pytest.Module):
     def classnamefilter(self, name: str) -> bool:
         """The suite has no classes."""
         return False
+
+
+class RootDirectory:
+    """Remembers the node of the rootdir, for pytest 9.1.
+
+    That release ties the fixtures of the rootdir's conftest.py to this node, so modules that hang
+    on the session, as the suite's do, miss them (pytest#14683).  Others tie them to the session.
+    """
+
+    NAME: ClassVar = "pytest_lora_rootdir"
+    NEEDED: ClassVar = pytest.version_tuple[:2] == (9, 1)
+    node: pytest.Directory | None = None
+
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
+        """Keep the node if it is the rootdir's."""
+        if isinstance(collector, pytest.Directory) and collector.path == collector.config.rootpath:
+            self.node = collector
+
+    @classmethod
+    def of(cls, session: pytest.Session) -> pytest.Directory | pytest.Session:
+        """What the suite's modules hang on: the session wherever its fixtures are all there."""
+        kept = session.config.pluginmanager.get_plugin(cls.NAME)
+        return kept.node if isinstance(kept, cls) and kept.node else session
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +104,20 @@ class SuitePlan:
 
 
 def _planned(check: str, adapter: str) -> tuple[str, str, str]:
+    adapter = _unescaped(adapter)
     if not find_check(check).per:
         return adapter, check, ""
     # Names of sources and tasks hold no colon.
     adapter, _, part = adapter.rpartition(":")
     return adapter, check, part
+
+
+def _unescaped(name: str) -> str:
+    """A name as it was before pytest put it into a node id, where all but ASCII is escaped."""
+    try:
+        return name.encode("ascii").decode("unicode_escape")
+    except UnicodeError:  # an ini key of pytest's leaves names as they are
+        return name
 
 
 def collect_suite(
@@ -83,17 +129,22 @@ def collect_suite(
         UsageError: an adapter has no item at all, which would be a silent pass.
     """
     items = [item for name in _MODULES for item in _module_items(session, name)]
+    collected = {_adapter_of(item) for item in items}
     for name in run.locate():
-        if not any(_adapter_of(item) == name for item in items):
+        if name not in collected:
             raise UsageError(f"no check was collected for the adapter {name}")
-    bases = {name: run.base_name(name) for name in run.locate()}
-    ordered = sorted(items, key=lambda item: _order(item, list(bases), list(bases.values())))
+    places = _places(run)
+    ordered = sorted(items, key=lambda item: _order(item, places))
     for item in ordered:
         item.add_marker("lora")
-    chosen = [item for item in ordered if run.settings.selected(_spec(item))]
+    chosen: list[pytest.Function] = []
+    left_out: list[pytest.Function] = []
+    for item in ordered:
+        (chosen if run.settings.selected(_spec(item)) else left_out).append(item)
     for item in chosen:
         run.require_data(_spec(item), _adapter_of(item))
-    return chosen, [item for item in ordered if item not in chosen]
+    _require_bounds(run, chosen)
+    return chosen, left_out
 
 
 def is_left_out(definition: pytest.Function, run: Run) -> bool:
@@ -101,6 +152,30 @@ def is_left_out(definition: pytest.Function, run: Run) -> bool:
     if definition.getparent(SuiteModule) is None:
         return False
     return not run.settings.selected(find_check(definition.name.removeprefix("test_")))
+
+
+def asked_for(definition: pytest.Function, run: Run, names: list[str]) -> list[str]:
+    """Those of the adapters ``names`` that a test function is made for: all, but for a check of the
+    suite that is made only where its bound is set.
+    """
+    if definition.getparent(SuiteModule) is None:
+        return names
+    spec = find_check(definition.name.removeprefix("test_"))
+    return [name for name in names if not spec.opt_in or spec.id in run.settings_for(name).bounds]
+
+
+def _require_bounds(run: Run, chosen: Sequence[pytest.Function]) -> None:
+    """Raise UsageError where a check is named that no bound was set for, or an unknown card."""
+    made = {(_spec(item), _adapter_of(item)) for item in chosen if _spec(item).opt_in}
+    for spec in CHECKS:
+        named = spec.opt_in and spec.id in run.settings.checks
+        if named and not any(spec is other for other, _ in made):
+            raise UsageError(
+                f"{run.settings.origin('checks')}: {spec.id} has no ceiling; set one, as in "
+                f"{option_name(spec.id)}='14 GiB' or {spec.id} = \"14 GiB\" in lora.toml"
+            )
+    for _, adapter in made:
+        find_profile(run.settings_for(adapter).gpu_profile)
 
 
 def spec_of(item: pytest.Item) -> CheckSpec | None:
@@ -116,7 +191,8 @@ def _spec(item: pytest.Function) -> CheckSpec:
 
 def _module_items(session: pytest.Session, name: str) -> list[pytest.Function]:
     path = Path(suite.__path__[0]) / f"test_{name}.py"
-    module = SuiteModule.from_parent(session, path=path, nodeid=f"lora/{path.stem}")
+    parent = RootDirectory.of(session)
+    module = SuiteModule.from_parent(parent, path=path, nodeid=f"lora/{path.stem}")
     items = [item for item in session.genitems(module) if isinstance(item, pytest.Function)]
     # Where the profile declares nothing that a check is made for, it was not parametrised.
     return [item for item in items if hasattr(item, "callspec")]
@@ -132,11 +208,20 @@ def _adapter_of(item: pytest.Function) -> str:
     return str(item.callspec.params["lora_adapter"])
 
 
-def _order(item: pytest.Function, names: list[str], bases: list[str]) -> tuple[int, ...]:
+def _places(run: Run) -> dict[str, tuple[int, int]]:
+    """Of each adapter the number of its base model and its own, in the order they were given."""
+    bases: dict[str, int] = {}
+    return {
+        name: (bases.setdefault(run.base_name(name), len(bases)), number)
+        for number, name in enumerate(run.locate())
+    }
+
+
+def _order(item: pytest.Function, places: dict[str, tuple[int, int]]) -> tuple[int, ...]:
     """Cheap checks over all adapters first, then adapter by adapter, base by base."""
     spec = _spec(item)
-    adapter = names.index(_adapter_of(item))
+    base, adapter = places[_adapter_of(item)]
     position = CHECKS.index(spec)
     if spec.need <= Need.BASE:
         return (spec.need, adapter, position)
-    return (Need.WEIGHTS, bases.index(bases[adapter]), adapter, position)
+    return (Need.WEIGHTS, base, adapter, position)

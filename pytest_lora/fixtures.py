@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from pytest_lora.adapter import Adapter
     from pytest_lora.data import SourceDomain, TargetTask
+    from pytest_lora.memory.plan import MemoryPlan
     from pytest_lora.run import Run
-    from pytest_lora.subject import Subject
+    from pytest_lora.subject import BaseModel, Subject
 
 RUN = pytest.StashKey["Run"]()
 PARTS = {"lora_source": "sources", "lora_task": "tasks", "lora_written_task": "tasks"}
@@ -54,9 +55,17 @@ def lora_settings(request: pytest.FixtureRequest, lora_run: Run, lora_adapter: A
 
 
 @pytest.fixture
-def lora_bounds(lora_run: Run, lora_settings: Settings) -> Mapping[str, Bound]:
+def lora_bounds(
+    request: pytest.FixtureRequest, lora_run: Run, lora_adapter: Adapter, lora_settings: Settings
+) -> Mapping[str, Bound]:
     """Bounds that somebody set, by check; checks not in here use their own."""
-    return lora_run.bounds_for(lora_settings)
+
+    def base() -> BaseModel:
+        return lora_run.wrap(request.getfixturevalue("lora_base_model"))
+
+    return lora_run.bounds_for(
+        lora_settings, lora_adapter.name, base, parts=_parts_of(request.node)
+    )
 
 
 @pytest.fixture
@@ -162,7 +171,34 @@ def lora_written_task(
     name = getattr(request, "param", None)
     if name is None:
         pytest.skip("no task with written answers: declare [tasks.NAME] in lora.toml")
-    return lora_run.task(lora_adapter.name, name)
+    return lora_run.task(lora_adapter.name, name, judged=False)
+
+
+@pytest.fixture
+def lora_memory_plan(
+    request: pytest.FixtureRequest,
+    lora_adapter: Adapter,
+    lora_base_source: Path,
+    lora_settings: Settings,
+    lora_device: str,
+    lora_dtype: str,
+) -> MemoryPlan:
+    """What the memory checks are about (:class:`pytest_lora.MemoryPlan`).
+
+    On a GPU with the adapter on its loaded base, to be measured; without one no weights are read.
+    """
+    from pytest_lora.loading import parse_device
+    from pytest_lora.memory.plan import MemoryPlan
+
+    on_gpu = parse_device(lora_device).type == "cuda"
+    return MemoryPlan(
+        lora_adapter,
+        lora_base_source,
+        dtype=lora_dtype,
+        profile=lora_settings.gpu_profile,
+        workload=dict(lora_settings.memory_workload),
+        subject=request.getfixturevalue("lora_subject") if on_gpu else None,
+    )
 
 
 @pytest.fixture
@@ -170,6 +206,12 @@ def lora_model(lora_subject: Subject) -> Iterator[torch.nn.Module]:
     """A freshly attached ``PeftModel``; the test may train or change the adapter's weights."""
     with lora_subject.attached() as model:
         yield model
+
+
+def _parts_of(node: pytest.Item) -> dict[str, str]:
+    """The source domain and the task that a test is parametrised with, by kind."""
+    params = getattr(getattr(node, "callspec", None), "params", {})
+    return {kind: str(params[name]) for name, kind in PARTS.items() if name in params}
 
 
 def marker_layer(node: pytest.Item) -> Layer | None:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from pytest_lora._fresh_job import (
     OUTPUTS,
     RESULT,
     Job,
+    Script,
     describe_job,
     numeric_state,
 )
@@ -41,7 +42,17 @@ from pytest_lora.errors import CannotRun, NotApplicable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FreshResult", "Job", "Refused", "require_space", "run_fresh", "scratch", "shutdown"]
+__all__ = [
+    "FreshResult",
+    "Job",
+    "Refused",
+    "Script",
+    "get_ready",
+    "require_space",
+    "run_fresh",
+    "scratch",
+    "shutdown",
+]
 
 TIMEOUT = 600.0
 """Seconds a job may take, the start of its process included."""
@@ -50,6 +61,7 @@ MOST_SERVERS = 4
 """Hash seeds kept ready at a time; each costs about 300 MB."""
 
 _MAIN = Path(__file__).with_name("_fresh_main.py")
+_OURS = ".pytest-lora-scratch"  # as in _fresh_main.py, which imports nothing of ours
 _TAIL = 1500
 _MARK = b"\x1e"
 """What a line of a server's own begins with: a start-up file may have printed before it."""
@@ -67,7 +79,7 @@ class FreshResult:
 
     Attributes:
         outputs: tensors on the CPU.  ``output`` is the model's; ``merged`` that of the merged
-            model, where a merge was asked for.
+            model, where a merge was asked for.  Of a script, what it gives.
         tensors: the adapter's tensors as that process loaded them, where asked for.
         pid, hash_seed: the process, and its PYTHONHASHSEED.
         seconds: wall-clock time.
@@ -81,8 +93,8 @@ class FreshResult:
 
 
 def run_fresh(
-    job: Job,
-    inputs: Mapping[str, torch.Tensor],
+    job: Job | Script,
+    inputs: Mapping[str, torch.Tensor] | None = None,
     *,
     hash_seed: int = 0,
     timeout: float = TIMEOUT,
@@ -91,12 +103,13 @@ def run_fresh(
 
     Args:
         job: what to do; its numeric state is taken from this process.
-        inputs: the model's inputs by name.
+        inputs: the model's inputs by name; a script has none.
         hash_seed: PYTHONHASHSEED of the process, 0 to 4294967295.
         timeout: seconds until the process is ended.
 
     Raises:
-        Refused: the process could not load the model or the adapter, or not run it.
+        Refused: the process could not load the model or the adapter, or not run it, or a script
+            raised.
         CannotRun: it died, took too long, or imports other libraries than this one; the message
             ends with what it wrote to stderr.
         NotApplicable: the process found that the job has no meaning for this adapter.
@@ -104,14 +117,25 @@ def run_fresh(
     started = time.monotonic()
     job = dataclasses.replace(job, numeric=numeric_state())
     with scratch("job") as directory:
-        _write_job(directory, job, inputs)
-        forks = sys.platform == "linux" and job.spec.device.type == "cpu"
+        _write_job(directory, job, inputs or {})
+        on_cpu = isinstance(job, Script) or job.spec.device.type == "cpu"
+        forks = sys.platform == "linux" and on_cpu
         run = _on_server if forks else _on_its_own
         said = run(directory, hash_seed, started + timeout, timeout)
         return _read_result(directory, said, time.monotonic() - started)
 
 
-def _write_job(directory: Path, job: Job, inputs: Mapping[str, torch.Tensor]) -> None:
+def get_ready(hash_seeds: Iterable[int]) -> None:
+    """Start the processes for jobs to come on the CPU: they import while this one goes on.
+
+    At most :data:`MOST_SERVERS` are kept.  Does nothing where jobs have interpreters of their own.
+    """
+    if sys.platform == "linux":
+        for hash_seed in hash_seeds:
+            _server(_place(), hash_seed)
+
+
+def _write_job(directory: Path, job: Job | Script, inputs: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     (directory / JOB).write_text(json.dumps(describe_job(job)), encoding="utf-8")
@@ -160,6 +184,7 @@ class _Home:
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="pytest-lora-"))
+        (self.path / _OURS).touch()
         self.owner = os.getpid()
         self.servers: dict[int, _Server] = {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 
 from pytest_lora.errors import CannotRun, UsageError
+from pytest_lora.locate import is_there
+from pytest_lora.offload import Placing
 from pytest_lora.safetensors_header import (
     Header,
     HeaderError,
@@ -37,9 +40,11 @@ with warnings.catch_warnings():
     import peft  # noqa: F401
 
 __all__ = [
+    "FORMATS",
     "BaseSpec",
     "Checkpoint",
     "Loaded",
+    "as_stored",
     "base_class",
     "base_config",
     "load_tokenizer",
@@ -78,6 +83,12 @@ _DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+FORMATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Dtypes as safetensors spells them."""
 _HINT = "give it with --lora-base-model=PATH or limit the run with --lora-checks=files"
 _SENTINEL_LABELS = 1013
 """A number of labels no real model dimension has, to tell which tensors grow with it."""
@@ -144,16 +155,16 @@ def resolve_base(
     if not name:
         raise CannotRun(f"{adapter.path}: the configuration names no base model; {_HINT}")
     for candidate in _local_candidates(name, adapter.path, root):
-        if (candidate / CONFIG).is_file():
-            return candidate
+        if _holds_model(candidate):
+            return candidate.resolve()
     return _from_hub(name, adapter.revision, f"{adapter.path} was trained on {name!r}")
 
 
 def _explicit_base(name: str) -> Path:
-    path = Path(name).expanduser()
-    if (path / CONFIG).is_file():
+    path = Path(os.path.expanduser(name))
+    if _holds_model(path):
         return path.resolve()
-    if path.exists():
+    if is_there(path):
         raise UsageError(f"base model {name}: no {CONFIG} there, so it is no model directory")
     if not _is_hub_id(name):
         raise UsageError(f"base model {name}: there is no such directory")
@@ -162,11 +173,18 @@ def _explicit_base(name: str) -> Path:
 
 
 def _local_candidates(name: str, adapter: Path, root: Path | None) -> Iterator[Path]:
-    path = Path(name).expanduser()
+    path = os.path.expanduser(name)  # unlike Path's, no error for a user who is not known
     home = Path(adapter).resolve()
     starts = [Path.cwd(), *([root] if root else []), home, *home.parents]
     for start in starts:
-        yield (start / path).resolve()
+        yield start / path
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG).is_file()
+    except (OSError, ValueError):  # too long a name, a null byte
+        return False
 
 
 def _is_hub_id(name: str) -> bool:
@@ -197,7 +215,7 @@ def _from_hub(name: str, revision: str | None, why: str) -> Path:
 
 def _snapshot(name: str, revision: str | None) -> Path:
     """The model's own files from the hub cache or the hub: no code, no pickles, no subfolders."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -215,6 +233,8 @@ def _snapshot(name: str, revision: str | None) -> Path:
                 revision=revision,
                 allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
                 ignore_patterns=["*/*", "consolidated*"],
+                # Some releases ask the hub for the files of a commit, offline or not.
+                local_files_only=constants.HF_HUB_OFFLINE,
             )
     finally:
         if not silent:
@@ -235,6 +255,8 @@ class BaseSpec:
         num_labels: number of labels of the head, where the adapter's weights fix it.
         dtype: dtype to load in; None for the checkpoint's own.
         device: where to.
+        device_map: how to spread it over devices instead; None for one device.
+        max_memory: what of each may be used, as ``device=size``.
     """
 
     path: Path
@@ -242,6 +264,8 @@ class BaseSpec:
     num_labels: int | None
     dtype: torch.dtype | None
     device: torch.device
+    device_map: str | None = None
+    max_memory: tuple[str, ...] = ()
 
 
 def base_config(path: Path) -> Any:
@@ -262,6 +286,8 @@ def base_config(path: Path) -> Any:
 def _config_trouble(path: Path, error: Exception) -> str:
     try:
         data = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "there is no such file"
     except (OSError, ValueError):
         return "not a JSON file"
     if not isinstance(data, dict):
@@ -302,14 +328,23 @@ def spec_for(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    device_map: str | None = None,
+    max_memory: Sequence[str] = (),
 ) -> BaseSpec:
-    """What to load from ``path`` for ``adapter``."""
+    """What to load from ``path`` for ``adapter``.
+
+    Raises:
+        UsageError: ``max_memory`` without the ``device_map`` whose shares it gives.
+    """
+    if max_memory and device_map is None:
+        raise UsageError(f"max_memory={list(max_memory)} is for a device_map, and there is none")
     config = base_config(path)
     model_class = base_class(adapter, config)
     labels = None
     if adapter.task_type in _LABELLED:
         labels = _number_of_labels(adapter, config, model_class)
-    return BaseSpec(Path(path), model_class, labels, parse_dtype(dtype), parse_device(device))
+    where = parse_device(device), device_map, tuple(max_memory)
+    return BaseSpec(Path(path), model_class, labels, parse_dtype(dtype), *where)
 
 
 def _number_of_labels(adapter: Adapter, config: Any, model_class: str) -> int | None:
@@ -383,16 +418,31 @@ def load_weights(spec: BaseSpec, adapter: Adapter | None = None) -> Loaded:
     options: dict[str, Any] = {_dtype_keyword(): spec.dtype or "auto"}
     if spec.num_labels is not None and spec.num_labels != config.num_labels:
         options |= {"num_labels": spec.num_labels, "ignore_mismatched_sizes": True}
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and spec.device_map is None:
         options["device_map"] = {"": spec.device}
-    model, info = _from_pretrained(spec, options)
+    model, info = _placed(spec, options)
     fresh = _untrained(model, info)
     _require_trained(spec, model, fresh, adapter)
     _fill(model, fresh)
-    if "device_map" not in options:
+    if "device_map" not in options and spec.device_map is None:
         model.to(spec.device)
     _allow_batches(model)
+    as_stored(model)
     return Loaded(model.requires_grad_(False).eval(), tuple(fresh))
+
+
+def _placed(spec: BaseSpec, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The model on its device, or spread over several with all of its weights readable."""
+    if spec.device_map is None:
+        return _from_pretrained(spec, options)
+    placing = Placing(spec.device_map, spec.max_memory, spec.device)
+    try:
+        model, info = _from_pretrained(spec, {**options, **placing.options})
+    except BaseException:
+        placing.abandon()
+        raise
+    placing.finish(model)
+    return model, info
 
 
 def _dtype_keyword() -> str:
@@ -519,6 +569,17 @@ def _allow_batches(model: Any) -> None:
         config.pad_token_id = first if isinstance(first, int) else 0
 
 
+def as_stored(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights as they are stored.
+
+    On CPUs with bfloat16 instructions bitsandbytes writes a weight anew in a layout of its own the
+    first time it is used, and rounds the scales of its blocks: another model than the one on disk.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 # ------------------------------------------------------------------------------ silence
 
 
@@ -528,15 +589,19 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    loud = level != logging.CRITICAL  # setting it makes every logger forget what it had looked up
+    if loud:
+        logging.set_verbosity(logging.CRITICAL)
+    if bars:
+        logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             # What transformers and its dependencies deprecate is not the adapter's doing.
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        if loud:
+            logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 

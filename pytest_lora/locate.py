@@ -26,6 +26,7 @@ __all__ = [
     "PICKLE_NAME",
     "WEIGHTS_NAME",
     "AdapterLocation",
+    "is_there",
     "locate_adapters",
     "locate_all",
 ]
@@ -93,7 +94,7 @@ def locate_adapters(spec: str, *, start: Path) -> list[AdapterLocation]:
     if not spec.strip():
         raise UsageError("an empty adapter path was given")
     path = start / Path(spec).expanduser()
-    if _exists(path):
+    if is_there(path):
         return _at_path(path, start)
     if glob.has_magic(spec):
         return _at_glob(str(path), spec, start)
@@ -106,7 +107,8 @@ def locate_adapters(spec: str, *, start: Path) -> list[AdapterLocation]:
     )
 
 
-def _exists(path: Path) -> bool:
+def is_there(path: Path) -> bool:
+    """Whether something is at ``path``, a link that leads nowhere included."""
     try:
         return path.is_symlink() or path.exists()
     except (OSError, ValueError):  # too long a name, a null byte
@@ -130,7 +132,7 @@ def _at_path(path: Path, start: Path) -> list[AdapterLocation]:
 def _in_directory(folder: Path, start: Path) -> list[AdapterLocation]:
     found = [folder] if _is_adapter(folder) else []
     found += sorted((sub for sub in _subfolders(folder) if _is_checkpoint(sub)), key=_natural_order)
-    if not found and any(_exists(folder / name) for name in _WEIGHTS):
+    if not found and any(is_there(folder / name) for name in _WEIGHTS):
         found = [folder]  # an adapter that lost its configuration is for the file check to fail
     if not found:
         raise UsageError(_nothing_in(folder))
@@ -138,7 +140,7 @@ def _in_directory(folder: Path, start: Path) -> list[AdapterLocation]:
 
 
 def _is_adapter(folder: Path) -> bool:
-    return _exists(folder / CONFIG_NAME)
+    return is_there(folder / CONFIG_NAME)
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -247,10 +249,10 @@ def _on_hub(spec: str, match: re.Match[str], start: Path) -> AdapterLocation:
     repo, subfolder = match["repo"], match["subfolder"].strip("/")
     folder, listed = _fetch(spec, repo, subfolder, match["revision"], start)
     path = folder / subfolder
-    if not (_is_adapter(path) or any(_exists(path / name) for name in _WEIGHTS)):
+    if not (_is_adapter(path) or any(is_there(path / name) for name in _WEIGHTS)):
         raise UsageError(_nothing_on_hub(spec, path, listed))
     source = f"{repo}/{subfolder}" if subfolder else repo
-    outside = tuple(name for name in listed if not _exists(folder / name))
+    outside = tuple(name for name in listed if not is_there(folder / name))
     return AdapterLocation(path, None, spec.rstrip("/"), source, folder.name, outside)
 
 

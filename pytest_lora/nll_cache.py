@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from pytest_lora.atomic import replace_file
 from pytest_lora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -229,14 +230,15 @@ class Ledger:
             self._mend(damaged)
 
     def _mend(self, damaged: int) -> None:
-        """Write the ledger anew without its damaged lines."""
+        """Write the ledger anew without its damaged lines, as it is once nobody else writes."""
         assert self._path is not None
         self._notes.append(f"{self._path}: left out {damaged} damaged lines, to be computed again")
-        lines = [_batch_line(batch, rows) for batch, rows in sorted(self._batches.items())]
-        fresh = self._path.with_suffix(f".{os.getpid()}.new")
+        key = _line(self._key).encode()
         with contextlib.suppress(OSError), self._locked(self._path):
-            fresh.write_bytes(_line(self._key).encode() + b"".join(lines))
-            os.replace(fresh, self._path)
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            ours = lines[:1] == [key]
+            sound = [line for line in lines[1:] if ours and _entry(line.rstrip(b"\n"))]
+            replace_file(self._path, key + b"".join(line for line in sound if line.endswith(b"\n")))
 
 
 def _batch_line(batch: int, rows: list[list[float]]) -> bytes:

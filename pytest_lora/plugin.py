@@ -6,10 +6,11 @@ every hook returns at once in a run that does not use us.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import pytest
 
 from pytest_lora import fixtures
 from pytest_lora._argv import join_values
+from pytest_lora.carried import arrived, attach
 from pytest_lora.errors import CannotRun, CheckFailed, LoraError, NotApplicable, UsageError
 from pytest_lora.fixtures import PARTS, RUN
 from pytest_lora.settings import Layer, ini_name, option_name, table
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
 _MENDED = pytest.StashKey[tuple[list[str], str]]()
 _PLAN: pytest.StashKey[SuitePlan] = pytest.StashKey()
-_PROPERTY = "pytest_lora"
 _MARKERS = (
     "lora: a test about a LoRA adapter; every test of the built-in suite has it",
     "lora_adapter(path, ...): run the test for the adapters at these paths",
@@ -38,6 +39,7 @@ _MARKERS = (
     'limit_gpu_memory("14 GiB", predicted=None): fail a test that takes more on a GPU; without one '
     "a prediction, where the marker names a function that makes it, is judged instead",
 )
+_UPDATES = ("--lora-update-baseline", "--lora-update-baseline-in-ci")
 _GPU_MARKERS = ("limit_gpu_memory", "gpu")
 
 
@@ -68,6 +70,16 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         "--lora-init",
         action="store_true",
         help="write a commented lora.toml for the adapters given, and exit",
+    )
+    group.addoption(
+        "--lora-update-baseline",
+        action="store_true",
+        help="record what is measured in the file of --lora-baseline; refused where CI is set",
+    )
+    group.addoption(
+        "--lora-update-baseline-in-ci",
+        action="store_true",
+        help="the same, also where CI is set",
     )
     group.addoption(
         "--lora-contract",
@@ -198,12 +210,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     with _as_usage_error():
         run = config.stash[RUN] = _make_run(config)
+        _require_baseline(config, run)
         if run.settings.adapter:
             run.require_libraries()
-            run.locate()
+            run.require_profile()
             _require_writable(run)
+            _watch_rootdir(config)
 
     _add_contract(config)
+
+
+def _watch_rootdir(config: pytest.Config) -> None:
+    from pytest_lora.collection import RootDirectory
+
+    if RootDirectory.NEEDED:
+        config.pluginmanager.register(RootDirectory(), RootDirectory.NAME)
 
 
 def _add_contract(config: pytest.Config) -> None:
@@ -228,7 +249,30 @@ def _add_contract(config: pytest.Config) -> None:
 def _make_run(config: pytest.Config) -> Run:
     from pytest_lora.run import Run
 
-    return Run(list(_layers(config)), start=config.invocation_params.dir, root=config.rootpath)
+    recording = any(config.getoption(option) for option in _UPDATES)
+    return Run(
+        list(_layers(config)),
+        start=config.invocation_params.dir,
+        root=config.rootpath,
+        recording=recording,
+    )
+
+
+def _require_baseline(config: pytest.Config, run: Run) -> None:
+    """Read the baseline before any work is done, and refuse to write one unasked."""
+    if run.recording:
+        path, (quiet, loud) = run.settings.baseline, _UPDATES
+        if path is None:
+            raise UsageError(f"{quiet}: name the file with --lora-baseline=FILE")
+        _refuse_folder(run.start / path, run.settings.origin("baseline"))
+        in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+        if in_ci and not config.getoption(loud):
+            raise UsageError(
+                f"{quiet}: CI is set, and a baseline is recorded where somebody reviews it; "
+                f"{loud} does it nevertheless"
+            )
+    if run.settings.baseline is not None:
+        _ = run.baseline
 
 
 def _layers(config: pytest.Config) -> Iterable[Layer]:
@@ -326,10 +370,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     part = next((name for name in PARTS if name in metafunc.fixturenames), None)
     if part is None:
         if names:
+            from pytest_lora.collection import asked_for
+
+            names = asked_for(metafunc.definition, run, names)
+        if names:
             metafunc.parametrize("lora_adapter", names, ids=names, indirect=True)
         return
-    with _as_usage_error():
+    try:
         pairs = [(name, entry) for name in names for entry in _parts(metafunc, part, name)]
+    except UsageError as error:  # pytest shows a UsageError from here with its own frames
+        raise pytest.Collector.CollectError(str(error)) from None
     if pairs:
         ids = [f"{name}:{entry}" for name, entry in pairs]
         metafunc.parametrize(("lora_adapter", part), pairs, ids=ids, indirect=True)
@@ -382,11 +432,34 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     run = config.stash[RUN]
-    if config.getvalue("dist") != "loadgroup" or not run.settings.adapter:
+    if config.getvalue("dist") not in ("load", "loadgroup") or not run.settings.adapter:
         return None
-    from pytest_lora.distribution import GroupByBase, base_of
+    from pytest_lora.distribution import ByBase, place_of
 
-    return GroupByBase(config, log, partial(base_of, run))
+    return ByBase(config, log, partial(place_of, run))
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """``-n auto``: one worker per GPU.  Asked before anything is configured."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    with _as_usage_error():
+        run = _make_run(config)
+    if not run.settings.adapter:
+        return None
+    from pytest_lora.distribution import gpu_workers
+
+    return gpu_workers(run, os.environ)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    run = config.stash[RUN]
+    if run.settings.adapter:
+        from pytest_lora.distribution import equip
+
+        equip(run, specs, os.environ)
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -458,6 +531,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Our own exceptions are shown as their message: the evidence is in it, not in our frames."""
     report = yield
+    attach(item, report)
     if call.excinfo is not None and report.failed and "torch" in sys.modules:
         from pytest_lora.gpu_tests import note_lost_context
 
@@ -481,7 +555,9 @@ def pytest_runtest_makereport(
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
-        session.config.pluginmanager.register(_Collected(session.config), "pytest_lora_results")
+        collected = _Collected(session.config)
+        session.config.pluginmanager.register(collected, "pytest_lora_results")
+        session.config.pluginmanager.register(_Finished(collected), "pytest_lora_finished")
 
 
 class _Collected:
@@ -491,22 +567,38 @@ class _Collected:
         self.config = config
         self.results: list[CheckResult] = []
         self.about: dict[str, str] = {}
+        self.recorded = ""
+        self._tests: dict[str, dict[str, list[CheckResult]]] = {}
+        self._reruns: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, value in report.user_properties:
-            if name == f"{_PROPERTY}.{report.when}":
-                from pytest_lora.records import CheckResult
+        data = arrived(report)
+        if data is not None:
+            from pytest_lora.records import CheckResult
 
-                data = json.loads(str(value))
-                self.about.update(data["about"])
-                self.results += [CheckResult.from_dict(item) for item in data["results"]]
+            self.about.update(data["about"])
+            # A test that is run again (pytest-rerunfailures) replaces what it said before.
+            found = [CheckResult.from_dict(item) for item in data["results"]]
+            self._tests.setdefault(report.nodeid, {})[report.when] = found
+        if str(report.outcome) == "rerun":
+            self._tests.pop(report.nodeid, None)
+            self._reruns[report.nodeid] += 1
+
+    def complete(self) -> None:
+        """All results in the order of the plan, those that never came as such."""
+        self.results = [
+            _after_reruns(result, self._reruns[name])
+            for name, phases in self._tests.items()
+            for results in phases.values()
+            for result in results
+        ]
+        if _PLAN in self.config.stash and not self.config.getoption("collectonly"):
+            self.results += self.config.stash[_PLAN].not_run(self.results)
+        self.results.sort(key=self.config.stash[RUN].planned_order)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         run = self.config.stash[RUN]
-        if _PLAN in self.config.stash and not self.config.getoption("collectonly"):
-            self.results += self.config.stash[_PLAN].not_run(self.results)
-        self.results.sort(key=run.planned_order)
         for write in self._writers(run, int(exitstatus)):
             try:
                 write()
@@ -518,6 +610,8 @@ class _Collected:
     def _writers(self, run: Run, exitstatus: int) -> Iterable[Callable[[], None]]:
         """What there is to write, each file on its own: one that fails must not cost the others."""
         settings, summary = run.settings, os.environ.get("GITHUB_STEP_SUMMARY")
+        if run.recording:
+            yield partial(self._record, run, exitstatus)
         wanted = bool(settings.report or settings.pr_comment)
         if not (self.results and (wanted or summary)) and not (settings.adapter and wanted):
             return
@@ -532,6 +626,17 @@ class _Collected:
             yield partial(write_comment, run.start / settings.pr_comment, *given)
         if self.results and summary:
             yield partial(append_summary, Path(summary), *given)
+
+    def _record(self, run: Run, exitstatus: int) -> None:
+        """The new baseline, unless the run was cut short and would be half of one."""
+        name = run.settings.baseline
+        assert run.baseline is not None
+        assert name is not None
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self.recorded = f"{run.baseline.name}: not written, for the run did not come to its end"
+            return
+        run.baseline.record(run.start / name, self.results)
+        self.recorded = run.baseline.told(self.results)
 
     def _say(self, text: str) -> None:
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
@@ -553,9 +658,24 @@ class _Collected:
         if not shown:
             return
         terminalreporter.write_sep("=", "LoRA adapters")
-        width = terminalreporter._tw.fullwidth
-        for line, colour in summary_lines(shown, self.about, width=width, detail=verbosity > 0):
+        layout = {
+            "width": terminalreporter._tw.fullwidth,
+            "detail": max(verbosity, 0),
+            "encoding": getattr(terminalreporter._tw._file, "encoding", None) or "utf-8",
+        }
+        for line, colour in summary_lines(shown, self.about, **layout):
             terminalreporter.write_line(line, **({colour: True} if colour else {}))
+        if self.recorded:
+            terminalreporter.write_line(f"baseline {self.recorded}")
+
+    def junit(self) -> None:
+        """The verdict, for the JUnit file; properties that workers record are lost."""
+        from pytest_lora.report.junit import suite_properties
+
+        for plugin in self.config.pluginmanager.get_plugins():
+            if hasattr(plugin, "add_global_property"):  # pytest's writer of JUnit files
+                for name, value in suite_properties(self.results):
+                    plugin.add_global_property(name, value)
 
     def _annotate(self, terminalreporter: Any) -> None:
         """On GitHub only: lines that its runner takes for remarks at lines of files."""
@@ -568,3 +688,24 @@ class _Collected:
         terminalreporter.ensure_newline()
         for annotation in annotations_of(self.config.stash[RUN], self.results, root):
             terminalreporter.write_line(workflow_command(annotation))
+
+
+def _after_reruns(result: CheckResult, reruns: int) -> CheckResult:
+    """A verdict that took several attempts says so: the same adapter gave another one before."""
+    if not reruns:
+        return result
+    said = f"attempt {reruns + 1}, the earlier ones failed"
+    return replace(result, reason=f"{said}; {result.reason}" if result.reason else said)
+
+
+class _Finished:
+    """Completes the results before anybody, the writer of JUnit files for one, uses them."""
+
+    def __init__(self, collected: _Collected) -> None:
+        self.collected = collected
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        self.collected.complete()
+        if self.collected.results:
+            self.collected.junit()

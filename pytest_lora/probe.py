@@ -15,6 +15,7 @@ import torch
 
 from pytest_lora.errors import CannotRun
 from pytest_lora.loading import one_line, read_tensor
+from pytest_lora.numerics.precision import accurate_products
 
 if TYPE_CHECKING:
     from pytest_lora.adapter import Adapter
@@ -165,13 +166,13 @@ def output_of(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> tor
 
     Logits; for extractive question answering start and end logits, concatenated along the last
     dimension; else the last hidden state, or the tensor a plain module returns.  Runs in eval and
-    inference mode, with TF32 off; puts back whatever training flags it found.
+    inference mode, with accurate products; puts back whatever training flags it found.
 
     Raises:
         CannotRun: the model fails on these inputs, or returns nothing to compare.
     """
     accepted = _accepted(model, inputs)
-    with _evaluating(model), torch.inference_mode(), _full_precision(inputs):
+    with _evaluating(model), torch.inference_mode(), accurate_products():
         try:
             produced = model(**accepted)
         except Exception as error:  # whatever a model raises on inputs that do not suit it
@@ -219,25 +220,3 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def _full_precision(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """TF32 off on CUDA: its 10-bit mantissa would drown what the checks look for."""
-    if not any(tensor.is_cuda for tensor in inputs.values()):
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(**_cudnn_flags()):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _cudnn_flags() -> dict[str, bool]:
-    """The flags as they are, but for TF32."""
-    cudnn = torch.backends.cudnn
-    names = ("enabled", "benchmark", "deterministic")
-    return {"allow_tf32": False, **{name: bool(getattr(cudnn, name)) for name in names}}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lora.errors import UsageError
+from pytest_lora.names import meant
 from pytest_lora.quantities import parse_drift, parse_floor, parse_share
 from pytest_lora.settings import Layer, choice, require_per_adapter, resolve, table
 
@@ -181,8 +182,24 @@ TASK_KEYS: Mapping[str, Key] = {
         "the items: a .jsonl or .json file, gzipped or not, in one of the known formats",
         _text,
         _STRING,
-        required=True,
     ),
+    "lm_eval": _key(
+        "in place of path: a task of lm-eval by its name, or the .yaml file that defines one "
+        "(docs/lm-eval.md)",
+        _text,
+        _STRING,
+    ),
+    "metric": _key(
+        "with lm_eval: the metric that is an item's score (default: the task's first)",
+        _text,
+        _STRING,
+    ),
+    "filter": _key(
+        "with lm_eval: the filter that answers go through (default: the task's first)",
+        _text,
+        _STRING,
+    ),
+    "limit": _key("with lm_eval: the first so many items only", _whole(1), _count(1)),
     "min_accuracy": _key(
         'the least accuracy: 0.5, "50%", or relative to the base model as in "base - 2%"; without '
         "it the accuracy is reported",
@@ -232,10 +249,15 @@ TASK_KEYS: Mapping[str, Key] = {
         {"type": ["string", "array"], "items": {"type": "string"}},
     ),
     "max_new_tokens": _key(
-        "tokens an answer may have (default: the format's, or 256)", _whole(1), _count(1)
+        "tokens an answer may have (default: the format's, or 256, or half of a smaller window)",
+        _whole(1),
+        _count(1),
     ),
     "batch_size": _key("rows run together (default: 8)", _whole(1), _count(1)),
 }
+LM_EVAL_KEYS = ("metric", "filter", "limit")
+"""Keys of tasks that mean something with ``lm_eval`` only."""
+_BESIDE_LM_EVAL = {"lm_eval", *LM_EVAL_KEYS, "min_accuracy", "about", "shots", "chat", "batch_size"}
 KINDS: Mapping[str, Mapping[str, Key]] = {"sources": SOURCE_KEYS, "tasks": TASK_KEYS}
 
 
@@ -328,9 +350,33 @@ class Profile:
         for key, spec in KINDS[kind].items():
             if spec.required and key not in values:
                 raise UsageError(f"{self.reader.name}: [{kind}.{name}] has no {key!r}: {spec.help}")
+        if kind == "tasks":
+            self._require_one_task(name, values, origins)
+            if str(values.get("lm_eval", "")).endswith((".yaml", ".yml")):
+                found = self.path.parent / Path(values["lm_eval"]).expanduser()
+                values["lm_eval"] = str(found)
         for key in values.keys() & _PATHS:
             values[key] = self.path.parent / Path(values[key]).expanduser()
         return Entry(kind, name, values, origins)
+
+    def _require_one_task(
+        self, name: str, values: Mapping[str, Any], origins: Mapping[str, str]
+    ) -> None:
+        """A task is a file or one of lm-eval's, and has the keys of what it is."""
+        if "path" not in values and "lm_eval" not in values:
+            raise UsageError(
+                f"{self.reader.name}: [tasks.{name}] has no 'path' and no 'lm_eval': which file"
+                " holds the items, or which task of lm-eval is it?"
+            )
+        if "lm_eval" in values:
+            wrong = [key for key in values if key not in _BESIDE_LM_EVAL]
+            known = ", ".join(sorted(_BESIDE_LM_EVAL))
+            why = f"does not go with lm_eval, whose tasks say it themselves; keys that do: {known}"
+        else:
+            wrong = [key for key in values if key in LM_EVAL_KEYS]
+            why = "goes with lm_eval only"
+        if wrong:
+            raise UsageError(f"{origins[wrong[0]]}: {wrong[0]!r} {why}")
 
     def _matching(self, adapter: str) -> Iterator[_Section]:
         for section in self.sections:
@@ -369,18 +415,12 @@ def _check_entry(
     known = KINDS[kind]
     for key, raw in given.items():
         if key not in known:
-            raise UsageError(f"{spell(key)}: there is no key {key!r}; {_nearest(key, known)}")
+            hint = meant(key, known, f"one of {', '.join(known)}")
+            raise UsageError(f"{spell(key)}: there is no key {key!r}{hint}")
         try:
             known[key].parse(raw)
         except ValueError as expected:
             raise UsageError(f"{spell(key)}: got {raw!r}, expected {expected}") from None
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    import difflib  # only for a message
-
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else "one of " + ", ".join(known)
 
 
 # ---------------------------------------------------------------------------------------- reading

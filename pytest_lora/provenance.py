@@ -12,10 +12,13 @@ import platform
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.catalog import find_check
 from pytest_lora.locate import CONFIG_NAME
+from pytest_lora.quantities import Margin
 from pytest_lora.records import Json
 from pytest_lora.run import versions
 from pytest_lora.settings import Settings, option_name, table
@@ -75,7 +78,7 @@ def _from(start: Path, path: str) -> str:
 
 def _plain(value: Any) -> Json:
     plain: Json = list(value) if isinstance(value, tuple) else value
-    return plain
+    return str(value) if isinstance(value, Margin) else plain
 
 
 def command_of(settings: Settings, start: Path) -> str:
@@ -91,10 +94,17 @@ def command_of(settings: Settings, start: Path) -> str:
         if setting.flag:
             words += [option] if value else []
         elif isinstance(value, tuple) and setting.many:
-            words += [f"{option}={item}" for item in value]
+            words += [f"{option}={_pair(item)}" for item in value]
+        elif name in settings.bounds and find_check(name).opt_in:
+            words.append(f"{option}={Decimal(value):f} GiB")  # to the byte, as a size is read
         else:
             words.append(f"{option}={_word(value)}")
     return shlex.join(words)
+
+
+def _pair(item: Any) -> str:
+    """One of several values; those of ``memory_workload`` are a word and what it says."""
+    return "=".join(map(str, item)) if isinstance(item, tuple) else str(item)
 
 
 def _word(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Quantities as people write them in settings: ``0.05 nats``, ``2%``, ``base - 1%``.
+"""Quantities as people write them: ``0.05 nats``, ``2%``, ``base - 1%``, ``baseline + 0.01``.
 
 Each is read once, into a number with a stated unit; what cannot be meant is refused in words that
 tell what can.
@@ -8,33 +8,103 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Floor", "parse_drift", "parse_floor", "parse_share"]
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+__all__ = [
+    "Floor",
+    "Margin",
+    "needs_baseline",
+    "parse_drift",
+    "parse_floor",
+    "parse_limit",
+    "parse_share",
+]
 
 _NUMBER = r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
 _DRIFT = re.compile(rf"{_NUMBER}\s*(?P<unit>nats?(?:\s*(?:/|per)\s*token)?|%)?", re.IGNORECASE)
 _SHARE = re.compile(rf"{_NUMBER}\s*(?P<unit>%)?", re.IGNORECASE)
-_RELATIVE = re.compile(r"base(?:\s*(?P<sign>[+-])\s*(?P<rest>.+))?", re.IGNORECASE)
+_RELATIVE = re.compile(
+    r"(?P<what>base|baseline)(?:\s*(?P<sign>[+-])\s*(?P<rest>.+))?", re.IGNORECASE
+)
 
 
-def parse_drift(value: Any) -> float:
-    """A bound on drift in nats per token: ``0.05``, ``"0.05 nats"``, or ``"5%"``.
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """A limit that is the recorded measurement of an earlier run plus ``value``."""
+
+    value: float
+
+    def __str__(self) -> str:
+        sign = "-" if self.value < 0 else "+"
+        return f"baseline {sign} {abs(self.value)!r}"
+
+
+def parse_drift(value: Any) -> float | Margin:
+    """A bound on drift in nats per token: ``0.05``, ``"0.05 nats"``, ``"5%"``, or relative to a
+    recorded baseline as in ``"baseline + 0.01"``.
 
     A percentage is the growth of the perplexity: ``5%`` allows a perplexity ratio of 1.05, which is
-    ``log(1.05) = 0.0488`` nats per token.
+    ``log(1.05) = 0.0488`` nats per token; next to ``baseline`` it is the growth since.
 
     Raises:
         ValueError: anything else, with what is expected.
     """
-    expected = 'nats per token as in 0.05 or "0.05 nats", or growth of the perplexity as in "5%"'
+    expected = (
+        'nats per token as in 0.05 or "0.05 nats", growth of the perplexity as in "5%", or either '
+        'on top of a recorded baseline as in "baseline + 0.01"'
+    )
+    return _margin(value, lambda text: _drift(text, expected), expected)
+
+
+def _drift(value: Any, expected: str) -> float:
     number, unit = _number(value, _DRIFT, expected)
     if unit != "%":
         return number
     if number <= -100:
         raise ValueError(expected)
     return math.log1p(number / 100)
+
+
+def parse_limit(value: Any) -> float | Margin:
+    """A limit in the unit of its check: ``2``, or ``"baseline + 0.5"``.
+
+    Raises:
+        ValueError: anything else, with what is expected.
+    """
+    expected = 'a finite number, 0 or more, or one relative to a baseline as in "baseline + 0.5"'
+    found = _margin(value, lambda text: _plain(text, expected), expected)
+    if isinstance(found, float) and found < 0:
+        raise ValueError(expected)
+    return found
+
+
+def _plain(value: Any, expected: str) -> float:
+    number, unit = _number(value, _SHARE, expected)
+    if unit:
+        raise ValueError(expected)
+    return number
+
+
+def _margin(value: Any, parse: Callable[[Any], float], expected: str) -> float | Margin:
+    """What ``parse`` makes of ``value``, or of what is added to a baseline."""
+    relative = _RELATIVE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if relative is None:
+        return parse(value)
+    if relative["what"].lower() != "baseline":
+        raise ValueError(expected)
+    return Margin(parse(relative["sign"] + relative["rest"]) if relative["rest"] else 0.0)
+
+
+def _exact(number: float) -> Fraction:
+    """The shortest decimal that is read as this float."""
+    from fractions import Fraction  # here, for runs that do not use us load this module as well
+
+    return Fraction(repr(number))
 
 
 def parse_share(value: Any) -> float:
@@ -45,7 +115,7 @@ def parse_share(value: Any) -> float:
     """
     expected = 'a share from 0 to 1, as in 0.85 or "85%"'
     number, unit = _number(value, _SHARE, expected)
-    share = number / 100 if unit == "%" else number
+    share = float(_exact(number) / 100) if unit == "%" else number  # rounded once
     if not 0 <= share <= 1:
         raise ValueError(expected)
     return share
@@ -56,22 +126,28 @@ class Floor:
     """The least accuracy that is allowed.
 
     Attributes:
-        value: a share from 0 to 1; with ``of_base`` what is added to the base model's accuracy on
-            the same items, from -1 to 1.
-        of_base: whether the floor is relative to the base model.
+        value: a share from 0 to 1; with ``to`` what is added, from -1 to 1.
+        to: what the floor is relative to: "base", the base model's accuracy on the same items;
+            "baseline", the recorded one of an earlier run; empty for neither.
     """
 
     value: float
-    of_base: bool = False
+    to: str = ""
 
     def __str__(self) -> str:
-        return f"base {self.value:+g}" if self.of_base else f"{self.value:g}"
+        sign = "-" if self.value < 0 else "+"
+        return f"{self.to} {sign} {abs(self.value):g}" if self.to else f"{self.value:g}"
+
+    @property
+    def exact(self) -> Fraction:
+        """The value as it was written: the shortest decimal that is read as this float."""
+        return _exact(self.value)
 
 
 def parse_floor(value: Any) -> Floor:
-    """An accuracy floor: ``0.5``, ``"50%"``, ``"base"``, ``"base + 10%"`` or ``"base - 0.02"``.
+    """An accuracy floor: ``0.5``, ``"50%"``, ``"base + 10%"`` or ``"baseline - 0.02"``.
 
-    Percentages are percentage points, also next to ``base``.
+    Percentages are percentage points, also next to ``base`` and ``baseline``.
 
     Raises:
         ValueError: anything else, with what is expected.
@@ -81,11 +157,18 @@ def parse_floor(value: Any) -> Floor:
         if relative is None:
             return Floor(parse_share(value))
         difference = parse_share(relative["rest"]) if relative["rest"] else 0.0
+        sign = -1 if relative["sign"] == "-" else 1
+        return Floor(sign * difference, to=relative["what"].lower())
     except ValueError:
         raise ValueError(
-            'a share as in 0.5 or "50%", or one relative to the base model as in "base - 2%"'
+            'a share as in 0.5 or "50%", or one relative to the base model as in "base - 2%", or '
+            'to a recorded baseline as in "baseline - 2%"'
         ) from None
-    return Floor(-difference if relative["sign"] == "-" else difference, of_base=True)
+
+
+def needs_baseline(limit: Any) -> bool:
+    """Whether a limit, as one of the parsers gives it, is relative to a recorded measurement."""
+    return isinstance(limit, Margin) or (isinstance(limit, Floor) and limit.to == "baseline")
 
 
 def _number(value: Any, pattern: re.Pattern[str], expected: str) -> tuple[float, str]:

@@ -71,8 +71,8 @@ class Problem:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Problem:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**data)
+        """The inverse of :meth:`to_dict`; raises as :meth:`CheckResult.from_dict` does."""
+        return cls(**{key: _typed(data, key, str) for key in data})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +156,18 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
-        """The inverse of :meth:`to_dict`."""
-        numbers = {key: _number(data[key]) for key in ("value", "low", "high")}
-        return cls(**{**data, **numbers})
+        """The inverse of :meth:`to_dict`; raises as :meth:`CheckResult.from_dict` does."""
+        low, high = (None if data[key] is None else _number(data, key) for key in ("low", "high"))
+        where = None if data["where"] is None else _typed(data, "where", str)
+        known = {
+            "value": _number(data, "value"),
+            "unit": _typed(data, "unit", str),
+            "count": _typed(data, "count", int),
+            "details": _typed(data, "details", Mapping),
+        }
+        measurement = cls(**{**data, **known, "low": low, "high": high, "where": where})
+        _ = measurement.problems  # those that are none are found here, not where they are shown
+        return measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +227,9 @@ class Bound:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Bound:
-        """The inverse of :meth:`to_dict`."""
-        return cls(_number(data["low"]), _number(data["high"]), data["origin"])
+        """The inverse of :meth:`to_dict`; raises as :meth:`CheckResult.from_dict` does."""
+        low, high = (None if data[key] is None else _number(data, key) for key in ("low", "high"))
+        return cls(low, high, _typed(data, "origin", str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,18 +283,23 @@ class CheckResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CheckResult:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            KeyError: something is missing.
+            TypeError: something is of another type, or is not known.
+            ValueError: a value that cannot be.
+        """
         measured, allowed = data["measurement"], data["bound"]
+        texts = {key: _typed(data, key, str) for key in ("check", "adapter", "reason", "advice")}
         return cls(
-            check=data["check"],
-            adapter=data["adapter"],
-            outcome=Outcome(data["outcome"]),
-            reason=data["reason"],
-            advice=data["advice"],
-            measurement=Measurement.from_dict(measured) if measured else None,
-            bound=Bound.from_dict(allowed) if allowed else None,
-            seconds=data["seconds"],
-            part=data.get("part", ""),  # reports of before there were parts
+            **texts,
+            outcome=Outcome(_typed(data, "outcome", str)),
+            measurement=None if measured is None else Measurement.from_dict(measured),
+            bound=None if allowed is None else Bound.from_dict(allowed),
+            seconds=_number(data, "seconds"),
+            # Reports of before there were parts have none.
+            part=_typed(data, "part", str) if "part" in data else "",
         )
 
 
@@ -325,9 +340,23 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no place in a result: {value!r}")
 
 
-def _number(value: Any) -> Any:
+def _typed(data: Mapping[str, Any], key: str, *kinds: type[Any]) -> Any:
+    value = data[key]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{key} is of type {type(value).__name__}, expected {expected}")
+    return value
+
+
+def _number(data: Mapping[str, Any], key: str) -> Any:
+    """A number as it was, whole or not, that a float can hold."""
+    value = data[key]
     if isinstance(value, str):
         if value not in _NON_FINITE:
             raise ValueError(f"{value!r} is no number")
         return _NON_FINITE[value]
+    try:
+        float(_typed(data, key, int, float))
+    except OverflowError:
+        raise ValueError(f"{key} is larger than any float") from None
     return value

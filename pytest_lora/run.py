@@ -6,30 +6,39 @@ Heavy libraries are imported when the first base model is asked for.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, find_check
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
+from pytest_lora.quantities import Margin, needs_baseline
 from pytest_lora.records import Bound, CheckResult, Outcome, collecting
-from pytest_lora.settings import Layer, Settings, bound_for, require_per_adapter, resolve
+from pytest_lora.settings import (
+    Layer,
+    Settings,
+    bound_for,
+    require_per_adapter,
+    resolve,
+    without_baseline,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_lora.adapter import Adapter
+    from pytest_lora.baseline import Baseline, Reference, RelativeBound
     from pytest_lora.data import SourceDomain, TargetTask
     from pytest_lora.locate import AdapterLocation
     from pytest_lora.nll_cache import NllCache
     from pytest_lora.profile import Entry, Profile
     from pytest_lora.subject import BaseModel, BasePool, Subject
     from pytest_lora.tasks.progress import Progress
+    from pytest_lora.tasks.records import Task
 
 __all__ = ["MODEL_LIBRARIES", "Run", "missing_libraries", "versions"]
 
@@ -44,15 +53,70 @@ def missing_libraries() -> tuple[str, ...]:
 
 def versions() -> dict[str, str | None]:
     """Installed versions of everything a result can depend on."""
+    from pytest_lora.installed import installed_version  # an idle run has no use for it
+
     names = ("pytest-lora", "pytest", "safetensors", *MODEL_LIBRARIES)
-    return {name: _version(name) for name in names}
+    return {name: installed_version(name) for name in names}
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+class _Bounds(Mapping[str, Bound]):
+    """Bounds by check.  One relative to a baseline needs the base model's facts, so not before."""
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        adapter: str,
+        base: Callable[[], BaseModel] | None,
+        parts: Mapping[str, str],
+    ) -> None:
+        self._run, self._settings, self._adapter, self._base = run, settings, adapter, base
+        self._parts = parts
+        self._checks = [
+            check
+            for check, limit in settings.bounds.items()
+            # While a baseline is recorded, nothing is judged by the one before.
+            if not (isinstance(limit, Margin) and run.recording)
+        ]
+
+    def __getitem__(self, check: str) -> Bound:
+        if check not in self._checks:
+            raise KeyError(check)
+        if isinstance(self._settings.bounds[check], Margin):
+            return self._relative(check)
+        bound = bound_for(self._settings, check)
+        assert bound is not None
+        return bound
+
+    def _relative(self, check: str) -> RelativeBound:
+        from pytest_lora.baseline import RelativeBound
+
+        origin = self._settings.origin(check)
+        reference = self._run.reference(self._adapter, self._label(check, origin), origin)
+        facts: Mapping[str, Any] = {}
+        if self._base is not None:
+            facts = self._run.facts(self._base())
+            reference.require_shared(facts)  # now, and not when the check has taken minutes
+        bound = bound_for(self._settings, check, recorded=reference.value)
+        assert bound is not None
+        return RelativeBound(bound.low, bound.high, bound.origin, reference, facts)
+
+    def _label(self, check: str, origin: str) -> str:
+        kind = find_check(check).per
+        if not kind:
+            return check
+        if kind not in self._parts:
+            raise UsageError(
+                f"{origin} is relative to what was recorded of each of the profile's {kind}, and "
+                "this test is about none of them"
+            )
+        return f"{check}[{self._parts[kind]}]"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checks)
+
+    def __len__(self) -> int:
+        return len(self._checks)
 
 
 @dataclass
@@ -65,6 +129,8 @@ class Run:
         root: the project's root directory.
         outcomes: verdicts so far, by adapter name and check.
         progress: is told how far a long evaluation has come.
+        recording: whether this run's measurements become the baseline; bounds relative to the one
+            before are then not judged, and all data is evaluated.
     """
 
     layers: Sequence[Layer]
@@ -78,12 +144,18 @@ class Run:
     _subject: Subject | None = None
     _bases: list[BaseModel] = field(default_factory=list)
     _pool: BasePool | None = None
-    _sources: dict[str, SourceDomain] = field(default_factory=dict)
-    _tasks: dict[tuple[str, str], TargetTask] = field(default_factory=dict)
+    _sources: dict[tuple[Any, ...], SourceDomain] = field(default_factory=dict)
+    _tasks: dict[tuple[str, str], Task] = field(default_factory=dict)
     progress: Progress | None = None
+    recording: bool = False
 
     def __post_init__(self) -> None:
         self.settings = resolve(self.layers)
+        if self.settings.max_memory and self.settings.device_map is None:
+            raise UsageError(
+                f"{self.settings.origin('max_memory')} says what --lora-device-map may use: give "
+                "that as well, as in --lora-device-map=auto"
+            )
 
     @cached_property
     def profile(self) -> Profile | None:
@@ -126,6 +198,15 @@ class Run:
                 "with --lora-checks=files"
             )
 
+    def require_profile(self) -> None:
+        """Raise UsageError for what is wrong with the profile, before tests are made of it."""
+        from pytest_lora.profile import KINDS
+
+        for adapter in self.locate():
+            self.settings_for(adapter)
+            for kind in KINDS:
+                self.entries(kind, adapter)
+
     def folders(self) -> tuple[Path, ...]:
         """The directories of all adapters, resolved."""
         return tuple(location.path.resolve() for location in self._locations.values())
@@ -158,10 +239,78 @@ class Run:
         below = self.profile.layers(adapter) if self.profile else []
         return resolve([*below, *self.layers, *([marker] if marker else [])])
 
-    def bounds_for(self, settings: Settings) -> Mapping[str, Bound]:
-        """The bounds the user set, by check."""
-        bounds = {check: bound_for(settings, check) for check in settings.bounds}
-        return {check: bound for check, bound in bounds.items() if bound is not None}
+    def bounds_for(
+        self,
+        settings: Settings,
+        adapter: str = "",
+        base: Callable[[], BaseModel] | None = None,
+        *,
+        parts: Mapping[str, str] | None = None,
+    ) -> Mapping[str, Bound]:
+        """The bounds the user set, by check; those relative to the baseline are worked out when
+        asked for.
+
+        Args:
+            settings: of the adapter.
+            adapter: its name.
+            base: gives its base model, which decides whether numbers are comparable.
+            parts: the names of the source domain and the task that the test is about, by kind:
+                what was recorded is recorded of each.
+        """
+        return _Bounds(self, settings, adapter, base, parts or {})
+
+    # ------------------------------------------------------------------ baseline
+
+    @cached_property
+    def baseline(self) -> Baseline | None:
+        """The recorded measurements to compare with, if a file of them was named.
+
+        Raises:
+            UsageError: it is no baseline, or is not there and not about to be recorded.
+        """
+        from pytest_lora.baseline import Baseline
+
+        named = self.settings.baseline
+        if named is None:
+            return None
+        path = self.start / named
+        shown = str(path.relative_to(self.start)) if path.is_relative_to(self.start) else named
+        if self.recording and not path.exists():
+            return Baseline(shown)
+        return Baseline.read(path, shown=shown)
+
+    def reference(self, adapter: str, label: str, origin: str) -> Reference:
+        """What was recorded of a measurement, which the bound that ``origin`` set is relative to.
+
+        Raises:
+            CannotRun: there is no baseline, or nothing in it about this.
+        """
+        if self.baseline is None:
+            raise CannotRun(without_baseline(origin))
+        return self.baseline.reference(adapter, label, alone=self.locate() == (adapter,))
+
+    def placed(self, result: CheckResult) -> CheckResult:
+        """A result with the facts that make it comparable, and what the baseline says of it."""
+        from pytest_lora.baseline import is_recorded, with_facts, with_remark
+
+        if self.baseline is None or not is_recorded(result):
+            return result
+        subject = self._subject
+        if subject is not None and subject.adapter.name == result.adapter:
+            result = with_facts(result, self.facts(subject.base))
+        if self.recording:
+            return result
+        with suppress(CannotRun):  # nothing recorded of it
+            reference = self.reference(result.adapter, result.label, "")
+            return with_remark(result, reference)
+        return result
+
+    @staticmethod
+    def facts(base: BaseModel) -> dict[str, Any]:
+        """What all measurements with a base model depend on, besides adapters and data."""
+        from pytest_lora.tasks.evaluation import base_facts
+
+        return base_facts(base)
 
     # ------------------------------------------------------------------ data of the profile
 
@@ -188,41 +337,75 @@ class Run:
         return known[name]
 
     def require_data(self, spec: CheckSpec, adapter: str) -> None:
-        """Raise UsageError where data that a check is made for is not there."""
+        """Raise UsageError where data that a check is made for, or a baseline, is not there."""
+        settings = self.settings_for(adapter)
+        if needs_baseline(settings.bounds.get(spec.id)) and self.baseline is None:
+            raise UsageError(without_baseline(settings.origin(spec.id)))
         for entry in self.entries(spec.per, adapter) if spec.per else ():
+            for key, limit in entry.values.items():
+                if needs_baseline(limit) and self.baseline is None:
+                    raise UsageError(without_baseline(entry.origins[key]))
             path = entry.get("path")
             if path is not None and not path.exists():
                 raise UsageError(f"{entry.origins['path']}: {path} is not there")
 
     def source(self, adapter: str, name: str, settings: Settings) -> SourceDomain:
-        """A source domain of an adapter, open; the file is walked through once per run."""
+        """A source domain of an adapter, open; its file is read once for each bound."""
         from pytest_lora.data import open_source
 
         entry = self.entry("sources", adapter, name)
-        key = json.dumps([adapter, name, sorted(settings.origins.items())])
+        limit = settings.bounds.get("perplexity_drift"), settings.origin("perplexity_drift")
+        key = (adapter, name, *limit)
         if key not in self._sources:
-            bound = bound_for(settings, "perplexity_drift")
-            options = self.evaluation(adapter)
-            self._sources[key] = open_source(entry, otherwise=bound, evaluation=options)
+            self._sources[key] = open_source(
+                entry,
+                otherwise=limit,
+                evaluation=self.evaluation(adapter),
+                reference=self._recorded(adapter, f"perplexity_drift[{name}]"),
+            )
         return self._sources[key]
 
-    def task(self, adapter: str, name: str) -> TargetTask:
-        """A target task of an adapter; its file is read once per run."""
+    def task(self, adapter: str, name: str, *, judged: bool = True) -> TargetTask:
+        """A target task of an adapter; its file is read once per run.
+
+        Args:
+            adapter: its name.
+            name: the task's, in the profile.
+            judged: whether its accuracy is; else no floor is looked up in a baseline.
+        """
         from pytest_lora.data import open_task
+
+        recorded = self._recorded(adapter, f"task_accuracy[{name}]")
+        return open_task(
+            self.entry("tasks", adapter, name),
+            self._items(adapter, name),
+            evaluation=self.evaluation(adapter),
+            reference=recorded if judged else lambda _: None,
+        )
+
+    def _items(self, adapter: str, name: str) -> Task:
+        from pytest_lora.tasks.configure import make_task
 
         key = (adapter, name)
         if key not in self._tasks:
-            self._tasks[key] = open_task(
-                self.entry("tasks", adapter, name),
-                evaluation=self.evaluation(adapter),
-                allow_code_execution=self.settings.allow_code_execution,
-            )
+            entry, allowed = self.entry("tasks", adapter, name), self.settings.allow_code_execution
+            self._tasks[key] = make_task(name, entry.values, allow_code_execution=allowed)
         return self._tasks[key]
+
+    def _recorded(self, adapter: str, label: str) -> Callable[[str], Reference | None]:
+        """Gives what was recorded to whoever needs it, and None while it is being recorded."""
+
+        def find(origin: str) -> Reference | None:
+            return None if self.recording else self.reference(adapter, label, origin)
+
+        return find
 
     def written_tasks(self, adapter: str) -> tuple[str, ...]:
         """The names of an adapter's tasks in which answers are written, not chosen."""
-        names = [entry.name for entry in self.entries("tasks", adapter)]
-        return tuple(name for name in names if self.task(adapter, name).task.is_written)
+        entries = self.entries("tasks", adapter)
+        # What lm-eval asks is lm-eval's; and learning its tasks takes seconds.
+        names = [entry.name for entry in entries if entry.get("lm_eval") is None]
+        return tuple(name for name in names if self._items(adapter, name).is_written)
 
     def evaluation(self, adapter: str) -> dict[str, Any]:
         """How all data of an adapter is evaluated.
@@ -235,7 +418,7 @@ class Run:
         gates = len(sources) + 2 * len(tasks)
         return {
             "alpha": self.settings.error_rate / max(1, gates),
-            "full": self.settings.full_eval,
+            "full": self.settings.full_eval or self.recording,
             "seed": self.settings.order_seed,
             "cache": self.cache,
             "progress": self.tell,
@@ -273,8 +456,10 @@ class Run:
         return resolve_base(adapter, explicit=self._explicit_base(settings), root=self.root)
 
     def _explicit_base(self, settings: Settings) -> str | Path | None:
+        from pytest_lora.locate import is_there
+
         given = settings.base_model
-        if given is not None and (self.start / given).exists():
+        if given is not None and is_there(self.start / given):
             return self.start / given
         return given
 
@@ -288,10 +473,16 @@ class Run:
 
         if self._pool is None:
             self._pool = BasePool()
-        spec = loading.spec_for(source, adapter, device=device, dtype=dtype)
+        how: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "device_map": self.settings.device_map,
+            "max_memory": self.settings.max_memory,
+        }
+        spec = loading.spec_for(source, adapter, **how)
         for other in [base for base in self._bases if base.spec not in (None, spec)]:
             self._forget(other)
-        base = self._pool.get(source, adapter=adapter, device=device, dtype=dtype)
+        base = self._pool.get(source, adapter, **how)
         return self._remember(base)
 
     def _forget(self, base: BaseModel) -> None:
@@ -318,14 +509,16 @@ class Run:
     def subject(
         self, adapter: Adapter, base: BaseModel, inputs: Mapping[str, torch.Tensor] | None = None
     ) -> Subject:
-        """The adapter on the base.  The last one is kept, so that its outputs are computed once."""
+        """The adapter on the base.  The last one is kept, so that its outputs are computed once;
+        one with inputs of its own serves whoever gave them alone.
+        """
         from pytest_lora.subject import Subject
 
         last = self._subject
-        if inputs is None and last is not None and (last.adapter, last.base) == (adapter, base):
-            return last
-        self._subject = Subject(adapter, base, inputs)
-        return self._subject
+        fits = last is not None and (last.adapter, last.base) == (adapter, base)
+        if last is None or not fits or last.has_own_inputs or inputs is not None:
+            last = self._subject = Subject(adapter, base, inputs)
+        return last
 
     def prove_intact(self, base: BaseModel) -> None:
         """Raise CannotRun if the base's weights are not as loaded; it is then loaded again."""
@@ -403,7 +596,8 @@ class Run:
 
     def _unusual(self, settings: Settings) -> list[tuple[str, str]]:
         shown = (("dtype", settings.dtype), ("device", settings.device))
-        return [(key, value) for key, value in shown if value != "auto"]
+        placed = [("device_map", settings.device_map)] if settings.device_map else []
+        return [*((key, value) for key, value in shown if value != "auto"), *placed]
 
     def planned_order(self, result: CheckResult) -> tuple[int, int, int]:
         """Sorting key: adapters as given, checks as in the catalog, parts as in the profile."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
+from pytest_lora.carried import hand_on
 from pytest_lora.collection import part_of, spec_of
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
 from pytest_lora.fixtures import RUN
 from pytest_lora.records import CheckResult, Outcome, collecting
+from pytest_lora.report.junit import case_properties
 
-__all__ = ["PROPERTY", "showing_progress", "skip_if_blocked", "watch"]
-
-PROPERTY = "pytest_lora"
+__all__ = ["showing_progress", "skip_if_blocked", "watch"]
 
 
 def skip_if_blocked(item: pytest.Item) -> None:
@@ -61,6 +60,9 @@ def watch(item: pytest.Item, phase: str) -> Iterator[None]:
             _translate(item, error, results)
         except pytest.skip.Exception as skipped:
             _ensure_result(item, results, Outcome.SKIPPED, str(skipped.msg))
+            raise
+        except pytest.fail.Exception as failed:  # by a fixture, or pytest-timeout
+            _ensure_result(item, results, Outcome.ERROR, str(failed.msg))
             raise
         finally:
             _hand_on(item, phase, results)
@@ -126,12 +128,19 @@ def _hand_on(item: pytest.Item, phase: str, results: list[CheckResult]) -> None:
     run, adapter = item.config.stash[RUN], adapter_name(item)
     for result in results:
         run.outcomes[result.adapter, result.check] = result.outcome
-    data = {
-        "about": {adapter: run.about(adapter)} if adapter else {},
-        "results": [result.to_dict() for result in results],
-    }
-    # user_properties travel with the report, through workers and into JUnit files, as plain text.
-    item.user_properties.append((f"{PROPERTY}.{phase}", json.dumps(data)))
+    about = {adapter: run.about(adapter)} if adapter else {}
+    told = [run.placed(result).to_dict() for result in results]
+    hand_on(item, phase, {"about": about, "results": told})
+    if _wants_properties(item):
+        # A test that is run again starts with what it left the last time.
+        old = [pair for pair in item.user_properties if not pair[0].startswith("lora_")]
+        item.user_properties[:] = [*old, *(p for row in results for p in case_properties(row))]
+
+
+def _wants_properties(item: pytest.Item) -> bool:
+    """Whether JUnit files of this run are of the family that has properties of test cases."""
+    config = item.config
+    return config.pluginmanager.hasplugin("junitxml") and config.getini("junit_family") == "xunit1"
 
 
 def adapter_name(item: pytest.Item) -> str | None:

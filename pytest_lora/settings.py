@@ -17,8 +17,10 @@ from typing import Any
 
 from pytest_lora.catalog import CHECKS, CheckSpec, Need, expand_selection, find_check
 from pytest_lora.errors import UsageError
-from pytest_lora.quantities import parse_drift
+from pytest_lora.names import meant
+from pytest_lora.quantities import Margin, parse_drift, parse_limit
 from pytest_lora.records import Bound
+from pytest_lora.sizes import GIB, parse_bytes
 
 __all__ = [
     "Layer",
@@ -31,6 +33,7 @@ __all__ = [
     "require_per_adapter",
     "resolve",
     "table",
+    "without_baseline",
 ]
 
 DEFAULT = "default"
@@ -133,6 +136,19 @@ def _seeds(value: Any) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def _shares(value: Any) -> tuple[str, ...]:
+    """Texts ``device=size``, each device once."""
+    words = _words(value)
+    try:
+        sizes = {device: parse_bytes(size) for device, _, size in (w.partition("=") for w in words)}
+    except UsageError:
+        sizes = {}
+    known = all(device == "cpu" or device.isdecimal() for device in sizes)
+    if not known or len(sizes) < len(words):
+        raise ValueError("device=size for cpu or the numbers of GPUs, as in 0=20GiB,cpu=60GiB")
+    return words
+
+
 def _selection(value: Any) -> tuple[str, ...]:
     words = _words(value)
     try:
@@ -158,6 +174,7 @@ def _limit(value: Any) -> float:
 
 _WORDS = {"type": ["string", "array"], "items": {"type": "string"}}
 _LIMIT = {"type": "number", "minimum": 0}
+_RELATIVE_LIMIT = {"anyOf": [_LIMIT, {"type": "string", "pattern": "^[Bb]aseline|^[0-9.]"}]}
 _SEED = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
 _SEEDS = {"anyOf": [_SEED, {"type": "array", "items": _SEED, "minItems": 1}]}
 
@@ -177,6 +194,45 @@ def _seed(value: Any) -> int:
     if more:
         raise ValueError("one whole number from 0 to 4294967295")
     return seed
+
+
+MEMORY_WORDS = {
+    "batch": int,
+    "sequence": int,
+    "new_tokens": int,
+    "accumulation": int,
+    "optimizer": str,
+    "checkpointing": str,
+    "quantisation": str,
+    "padding": str,
+    "attention": str,
+    "autocast": str,
+}
+"""What ``memory_workload`` may say, and what each is."""
+
+
+def _workload(value: Any) -> tuple[tuple[str, int | str], ...]:
+    found: dict[str, int | str] = {}
+    for word in _words(value):
+        name, equals, text = word.partition("=")
+        number = MEMORY_WORDS.get(name) is int
+        if name not in MEMORY_WORDS or not equals or (number and not text.isdecimal()):
+            raise ValueError(
+                "words such as batch=4 sequence=2048 optimizer=adamw checkpointing=reentrant; "
+                f"known are {', '.join(MEMORY_WORDS)} (not {word!r})"
+            )
+        found[name] = int(text) if number else text
+    return tuple(found.items())
+
+
+def _gib(value: Any) -> float:
+    """A size with its unit, in GiB: exactly, since that is a division by a power of two."""
+    try:
+        if isinstance(value, str):
+            return parse_bytes(value) / GIB
+    except (UsageError, OverflowError):
+        pass
+    raise ValueError("a size with its unit, as in '14 GiB' or '500 MB'")
 
 
 def _setting(default: Any, parse: Callable[[Any], Any], summary: str, **how: Any) -> Any:
@@ -219,6 +275,22 @@ class Settings:
         metavar="DTYPE",
         per_adapter=True,
         schema={"enum": [*DTYPES, *_SHORT_DTYPES]},
+    )
+    device_map: str | None = _setting(
+        None,
+        choice("auto", "balanced", "balanced_low_0", "sequential"),
+        "spread a base model that is too large for one device over all GPUs, memory and disk, as "
+        "accelerate does: auto, balanced, balanced_low_0 or sequential (default: one device)",
+        metavar="MAP",
+    )
+    max_memory: tuple[str, ...] = _setting(
+        (),
+        _shares,
+        "what --lora-device-map may use of a device, GPUs by number: as in 0=20GiB,cpu=60GiB "
+        "(default: what is free); what fits nowhere is left on disk",
+        metavar="SIZES",
+        many=True,
+        ini="linelist",
     )
     checks: tuple[str, ...] = _setting(
         (),
@@ -370,7 +442,34 @@ class Settings:
         flag=True,
         ini="bool",
     )
-    bounds: Mapping[str, float] = field(default_factory=dict)
+    gpu_profile: str = _setting(
+        "h100-80gb",
+        _text,
+        "the card that memory is predicted for where none is here, by name or class: 24gb, 40gb, "
+        "48gb, 80gb, 141gb (default: h100-80gb; docs/memory.md lists them)",
+        metavar="CARD",
+        per_adapter=True,
+    )
+    memory_workload: tuple[tuple[str, int | str], ...] = _setting(
+        (),
+        _workload,
+        "what the memory checks do, as in 'batch=4 sequence=2048 checkpointing=non-reentrant' "
+        "(docs/memory.md; default: batch=1 sequence=1024)",
+        metavar="WORDS",
+        many=True,
+        ini="linelist",
+        per_adapter=True,
+        schema=_WORDS,
+    )
+    baseline: str | None = _setting(
+        None,
+        _text,
+        "file of recorded measurements that bounds may be relative to, as in "
+        '"baseline + 0.01", and that results are compared with (docs/baselines.md)',
+        metavar="FILE",
+        path=True,
+    )
+    bounds: Mapping[str, float | Margin] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def origin(self, name: str) -> str:
@@ -401,13 +500,22 @@ def _bound_setting(spec: CheckSpec) -> Setting:
     default = f"{spec.default:g}" if spec.default else "more than nothing"
     if math.isinf(spec.default):
         default = "reported, not judged"
+    if spec.opt_in:
+        return Setting(
+            help=f"bound of {spec.id}: {spec.limit} this much ({spec.unit}, as in '14 GiB'; "
+            "default: not checked)",
+            parse=_gib,
+            metavar="SIZE",
+            per_adapter=True,
+        )
     drift = spec.unit == "nats per token"
     return Setting(
         help=f"bound of {spec.id}: {spec.limit} this much ({spec.unit}; default: {default})",
-        parse=parse_drift if drift else _limit,
+        parse=parse_drift if drift else parse_limit,
         metavar="LIMIT",
         per_adapter=True,
-        schema={"type": ["number", "string"]} if drift else _LIMIT,
+        schema={"type": ["number", "string"]} if drift else _RELATIVE_LIMIT,
+        # pytest's own TOML knows types; a limit relative to a baseline is for the profile.
         ini="string" if drift else "float",
     )
 
@@ -441,15 +549,11 @@ def resolve(layers: Iterable[Layer], *, over: Settings | None = None) -> Setting
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    import difflib  # only for a message
-
     if name in {spec.id for spec in CHECKS}:
         if find_check(name).per:
             return f"the bound of {name!r} is set where its data is declared, in a profile"
         return f"the check {name!r} has no bound to move: it counts faults, and allows none"
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "docs/settings.md lists them"
-    return f"there is no setting {name!r}; {hint}"
+    return f"there is no setting {name!r}{meant(name, known, 'docs/settings.md lists them')}"
 
 
 def require_per_adapter(names: Iterable[str], origin: Callable[[str], str]) -> None:
@@ -481,10 +585,28 @@ def _with(settings: Settings, name: str, value: Any, origin: str) -> Settings:
     return replace(settings, origins=origins, **{name: value})
 
 
-def bound_for(settings: Settings, check: str) -> Bound | None:
-    """The user's bound for ``check``, or None where the check's own applies."""
-    limit = settings.bounds.get(check)
+def without_baseline(origin: str) -> str:
+    """What to say where a limit is relative to a baseline and none was given."""
+    return f"{origin} is relative to a baseline: give --lora-baseline=FILE"
+
+
+def bound_for(settings: Settings, check: str, *, recorded: float | None = None) -> Bound | None:
+    """The user's bound for ``check``, or None where the check's own applies.
+
+    Args:
+        settings: of the adapter.
+        check: its id.
+        recorded: the baseline's measurement, for a bound that is relative to it.
+
+    Raises:
+        UsageError: the bound is relative to a baseline, and there is none.
+    """
+    limit, origin = settings.bounds.get(check), settings.origin(check)
     if limit is None:
         return None
+    if isinstance(limit, Margin):
+        if recorded is None:
+            raise UsageError(without_baseline(origin))
+        limit, origin = recorded + limit.value, f"{origin}: {limit}"
     maker = Bound.at_least if find_check(check).limit == "at least" else Bound.at_most
-    return maker(limit, settings.origin(check))
+    return maker(limit, origin)

@@ -7,7 +7,9 @@ import re
 
 from pytest_lora.errors import UsageError
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["GIB", "format_bytes", "parse_bytes"]
+
+GIB = 1 << 30
 
 UNITS = {
     "b": 1,

@@ -37,6 +37,7 @@ class _TensorState(NamedTuple):
     data: torch.Tensor
     requires_grad: bool
     grad: torch.Tensor | None
+    attributes: dict[str, Any]
 
 
 class Structure:
@@ -65,7 +66,8 @@ class Structure:
         """Every parameter and buffer of the tree's *own* modules as they hold it now.
 
         Names are those at the time the structure was taken, also while adapter layers are wrapped
-        around the modules; a tied tensor appears under each of its names.
+        around the modules; a tied tensor appears under each of its names.  A quantised parameter is
+        followed by the tensors it is read back with, such as the scales of its blocks.
         """
         states = {id(state.module): state for state in self._modules}
         for prefix, module in self._names.items():
@@ -75,7 +77,10 @@ class Structure:
                     now = getattr(module, kind).get(name)
                     tensor = then if now is None else now
                     if tensor is not None:
-                        yield f"{prefix}.{name}" if prefix else name, tensor
+                        full = f"{prefix}.{name}" if prefix else name
+                        yield full, tensor
+                        for part, held in _parts(tensor):
+                            yield f"{full}.{part}", held
 
     def owner(self, name: str) -> tuple[torch.nn.Module, str]:
         """The module that holds the tensor ``name``, and the tensor's name within it."""
@@ -102,15 +107,30 @@ def on_clones(module: torch.nn.Module) -> Iterator[None]:
 def _module_state(module: torch.nn.Module) -> _ModuleState:
     attributes = dict(module.__dict__)
     contents = {
-        name: copy.copy(value) for name, value in attributes.items() if type(value) in _CONTAINERS
+        name: value.copy() for name, value in attributes.items() if type(value) in _CONTAINERS
     }
     return _ModuleState(module, type(module), attributes, contents)
 
 
 def _tensor_states(root: torch.nn.Module) -> Iterator[_TensorState]:
     for tensor in (*root.parameters(), *root.buffers()):
-        grad = tensor.grad if tensor.is_leaf else None
-        yield _TensorState(tensor, tensor.detach(), tensor.requires_grad, grad)
+        yield _tensor_state(tensor)
+        for _, held in _parts(tensor):
+            yield _tensor_state(held)
+
+
+def _tensor_state(tensor: torch.Tensor) -> _TensorState:
+    grad = tensor.grad if tensor.is_leaf else None
+    return _TensorState(tensor, tensor.detach(), tensor.requires_grad, grad, dict(vars(tensor)))
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """What bitsandbytes keeps beside a 4-bit weight, in an object of its own: no parameters."""
+    state = getattr(tensor, "quant_state", None)
+    for prefix, holder in (("", state), ("state2.", getattr(state, "state2", None))):
+        for name, value in vars(holder).items() if holder is not None else ():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
 
 
 def _configs(root: torch.nn.Module) -> list[Any]:
@@ -157,6 +177,8 @@ def _restore_module(state: _ModuleState) -> None:
 
 def _restore_tensor(state: _TensorState) -> None:
     tensor = state.tensor
+    vars(tensor).clear()
+    vars(tensor).update(state.attributes)
     if not _same_memory(tensor, state.data):
         tensor.data = state.data
     if tensor.requires_grad != state.requires_grad:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +20,16 @@ import torch
 from pytest_lora import loading
 from pytest_lora.adapter import BASE_PREFIX
 from pytest_lora.attach import attach, saved_copy, strip
+from pytest_lora.baseline import digest_of
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.numerics.fingerprint import fingerprint_state, locate_difference
+from pytest_lora.offload import require_readable
 from pytest_lora.probe import output_of, probe_inputs
 from pytest_lora.records import Problem
 from pytest_lora.structure import Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from pytest_lora.adapter import Adapter
     from pytest_lora.numerics.fingerprint import Difference, Fingerprint
 
-__all__ = ["BaseModel", "BasePool", "Subject", "load_base", "lora_layers"]
+__all__ = ["BaseModel", "BasePool", "Subject", "load_base", "lora_layers", "resized_rows"]
 
 
 class BaseModel:
@@ -76,8 +80,11 @@ class BaseModel:
 
     def _adopt(self, loaded: loading.Loaded) -> None:
         self.module, self.untrained = loaded
+        require_readable(self.module)
+        loading.as_stored(self.module)
         self.structure = Structure(self.module)
         self.fingerprints = fingerprint_state(self.structure.tensors())
+        self._digest: str | None = None
         self.embedding = _input_embedding(self.module)
 
     @classmethod
@@ -112,6 +119,17 @@ class BaseModel:
         """Dtype of the first floating-point weight."""
         floating = (t.dtype for _, t in self.structure.tensors() if t.is_floating_point())
         return next(floating, torch.float32)
+
+    @property
+    def digest(self) -> str:
+        """Of the weights as loaded and of the configuration they are used with, in hexadecimal.
+
+        What a number depends on is compared by it, once for every result: it is made on first use.
+        """
+        if self._digest is None:
+            with self.bare() as module:
+                self._digest = _digest_of(module, self.fingerprints)
+        return self._digest
 
     # -------------------------------------------------------------------------- proof
 
@@ -263,6 +281,9 @@ class BaseModel:
     def reload(self, dtype: torch.dtype | None = None) -> None:
         """Drop the weights and read them again from :attr:`source`; :attr:`module` is a new object.
 
+        The old object is left without numbers, whoever still holds it, so that its memory is free
+        before the new weights come.
+
         ``dtype``: read them in this one; another call without it gives back the first.
 
         Raises:
@@ -272,9 +293,15 @@ class BaseModel:
             raise CannotRun("the base model was passed in, not loaded; it cannot be loaded again")
         self.release()
         spec = self.spec if dtype is None else dataclasses.replace(self.spec, dtype=dtype)
-        del self.module, self.structure  # the old weights go before the new ones come
+        _empty(self.module)
+        del self.module, self.structure
         self._adopt(loading.load_weights(spec, self._adapter))
         self.loads += 1
+
+
+def _empty(module: torch.nn.Module) -> None:
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.new_empty(0)
 
 
 def describe(found: Difference, numel: int) -> str:
@@ -312,12 +339,13 @@ class BasePool:
         self,
         path: Path,
         adapter: Adapter,
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
+        **how: Any,
     ) -> BaseModel:
-        """The base model in ``path`` as ``adapter``'s task needs it, loaded now or earlier."""
-        spec = loading.spec_for(path, adapter, device=device, dtype=dtype)
+        """The base model in ``path`` as ``adapter``'s task needs it, loaded now or earlier.
+
+        ``how``: as for :func:`~pytest_lora.loading.spec_for`.
+        """
+        spec = loading.spec_for(path, adapter, **how)
         if spec not in self._models:
             self._models[spec] = BaseModel.load(spec, adapter)
         return self._models[spec]
@@ -333,16 +361,33 @@ def load_base(
     adapter: Adapter,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    device_map: str | None = None,
+    max_memory: Sequence[str] = (),
 ) -> BaseModel:
     """Load the base model in ``path`` with the class and head ``adapter`` calls for.
+
+    Args:
+        path: its folder.
+        adapter: tells which class and head, and which missing weights it brings itself.
+        device: where to; ``auto`` is a GPU if there is one.
+        dtype: dtype to load in; ``auto`` is the checkpoint's own.
+        device_map: spread it over devices instead, as accelerate does (``auto``, ``balanced``,
+            ``balanced_low_0``, ``sequential``).
+        max_memory: what of each device that may use: ``["0=20GiB", "cpu=60GiB"]``.
 
     Raises:
         CannotRun: the model is damaged, not safetensors, or of a kind transformers cannot load.
         UsageError: device or dtype is none.
     """
-    return BaseModel.load(
-        loading.spec_for(Path(path), adapter, device=device, dtype=dtype), adapter
+    spec = loading.spec_for(
+        Path(path),
+        adapter,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
     )
+    return BaseModel.load(spec, adapter)
 
 
 class Subject:
@@ -351,6 +396,7 @@ class Subject:
     Attributes:
         adapter: the adapter's files.
         base: the base model, shared with other subjects.
+        has_own_inputs: whether inputs were given, in place of the probe inputs.
     """
 
     def __init__(
@@ -361,6 +407,7 @@ class Subject:
     ) -> None:
         self.adapter, self.base = adapter, base
         self._inputs = None if inputs is None else {k: v.to(base.device) for k, v in inputs.items()}
+        self.has_own_inputs = inputs is not None
         self._base_output: torch.Tensor | None = None
 
     @classmethod
@@ -393,6 +440,18 @@ class Subject:
             with self.base.bare() as module:
                 self._inputs = probe_inputs(module, self.adapter, self.base.device)
         return self._inputs
+
+    @property
+    def inputs_fact(self) -> str:
+        """What a number that rests on :attr:`inputs` has to agree in with another (``baseline``).
+
+        A digest of inputs that were given.  Probe inputs are just that: which tokens they hold may
+        follow from the adapter, and no fact is the adapter's.
+        """
+        if not self.has_own_inputs:
+            return "probe"
+        found = fingerprint_state(sorted(self.inputs.items()))
+        return digest_of([[name, item.dtype, item.digest] for name, item in found.items()])
 
     def base_output(self) -> torch.Tensor:
         """Output of the untouched base model on :attr:`inputs`; computed once."""
@@ -454,14 +513,7 @@ class Subject:
     @property
     def resized_rows(self) -> int | None:
         """Rows of the embedding the adapter brings, where the base model has another number."""
-        if self.base.embedding is None:
-            return None
-        name, rows = self.base.embedding
-        for key in (f"{name}.weight", f"{name}.base_layer.weight"):
-            info = self.adapter.tensors.get(BASE_PREFIX + key)
-            if info is not None and len(info.shape) == 2 and info.shape[0] != rows:
-                return info.shape[0]
-        return None
+        return _resized(self.adapter, self.base.embedding)
 
     def _occupied(self) -> bool:
         return self.base._attachment is not None and self.base._attachment.scoped
@@ -482,6 +534,36 @@ def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             yield name, module
+
+
+def resized_rows(adapter: Adapter, module: torch.nn.Module) -> int | None:
+    """Rows of the embedding ``adapter`` brings, where the base ``module`` has another number."""
+    return _resized(adapter, _input_embedding(module))
+
+
+def _resized(adapter: Adapter, embedding: tuple[str, int] | None) -> int | None:
+    if embedding is None:
+        return None
+    name, rows = embedding
+    for key in (f"{name}.weight", f"{name}.base_layer.weight"):
+        info = adapter.tensors.get(BASE_PREFIX + key)
+        if info is not None and len(info.shape) == 2 and info.shape[0] != rows:
+            return info.shape[0]
+    return None
+
+
+def _digest_of(module: torch.nn.Module, fingerprints: Mapping[str, Fingerprint]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, found in sorted(fingerprints.items()):
+        digest.update(f"{name} {found.dtype} {found.shape} {found.digest}\n".encode())
+    config: Any = getattr(module, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        settings.pop(key, None)
+    attention = getattr(config, "_attn_implementation", None)
+    text = json.dumps([type(module).__name__, attention, settings], sort_keys=True, default=str)
+    digest.update(text.encode())
+    return digest.hexdigest()
 
 
 def _input_embedding(module: torch.nn.Module) -> tuple[str, int] | None:

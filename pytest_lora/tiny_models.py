@@ -177,7 +177,7 @@ def build_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
     if family not in FAMILIES:
         raise UsageError(f"no tiny model {family!r}; there are {', '.join(FAMILIES)}")
     with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model: nn.Module = FAMILIES[family]()
     return model.to(dtype).eval()
 

@@ -75,7 +75,7 @@ def assert_trains_only_adapter(
             idle=idle,
         )
 
-    return _decide("trains_only_adapter", adapter, measure)
+    return decide("trains_only_adapter", adapter, measure)
 
 
 def assert_gradient_coverage(
@@ -100,7 +100,7 @@ def assert_gradient_coverage(
             step, model, adapter=adapter, trainable=trainable, idle=idle
         )
 
-    return _decide("gradient_coverage", adapter, measure)
+    return decide("gradient_coverage", adapter, measure)
 
 
 def assert_optimizer_holds(
@@ -135,7 +135,7 @@ def assert_optimizer_holds(
             loraplus_lr_ratio=loraplus_lr_ratio,
         )
 
-    return _decide("optimizer_holds", adapter, measure)
+    return decide("optimizer_holds", adapter, measure)
 
 
 def assert_overfits_one_batch(
@@ -162,7 +162,7 @@ def assert_overfits_one_batch(
             f" the probability is {2.0 ** -(steps // 2):g}"
         )
     bound = Bound.at_most(chance, "default" if chance == CHANCE else "argument")
-    return _decide(
+    return decide(
         "overfits_one_batch",
         None,
         lambda: measure_overfits_one_batch(step, model, steps=steps),
@@ -200,7 +200,7 @@ def assert_checkpointing_equivalent(
             step, model, checkpointing=checkpointing, adapter=adapter, trainable=trainable
         )
 
-    return _decide("checkpointing_equivalent", adapter, measure, _limit(bound))
+    return decide("checkpointing_equivalent", adapter, measure, _limit(bound))
 
 
 def assert_accumulation_equivalent(
@@ -229,7 +229,7 @@ def assert_accumulation_equivalent(
             whole, *others, model=model, adapter=adapter, trainable=trainable
         )
 
-    return _decide("accumulation_equivalent", adapter, measure, _limit(bound))
+    return decide("accumulation_equivalent", adapter, measure, _limit(bound))
 
 
 def assert_resume_equivalent(
@@ -270,7 +270,7 @@ def assert_resume_equivalent(
             trainable=trainable,
         )
 
-    return _decide("resume_equivalent", adapter, measure)
+    return decide("resume_equivalent", adapter, measure)
 
 
 def assert_seeded_initialisation(
@@ -306,7 +306,7 @@ def assert_seeded_initialisation(
             timeout=timeout,
         )
 
-    return _decide("seeded_initialisation", adapter, measure)
+    return decide("seeded_initialisation", adapter, measure)
 
 
 def assert_reference_policy(
@@ -340,7 +340,7 @@ def assert_reference_policy(
         )
 
     limit = None if bound is None else _limit(bound)
-    return _decide("reference_policy", None, measure, limit)
+    return decide("reference_policy", None, measure, limit)
 
 
 def _limit(bound: float | Bound) -> Bound:
@@ -349,7 +349,7 @@ def _limit(bound: float | Bound) -> Bound:
     return Bound.at_most(bound, "default" if bound == 1 else "argument")
 
 
-def _decide(
+def decide(
     check: str,
     adapter: str | None,
     measure: Callable[[], Measurement],

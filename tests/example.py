@@ -29,5 +29,7 @@ def _minor(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
+# Its summary imports all of Hypothesis: half of what a run of a few checks of files takes.
+QUICK = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 _REASON = _why_unreadable()
 NEEDS_EXAMPLE = pytest.mark.skipif(bool(_REASON), reason=_REASON)

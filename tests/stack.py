@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 
-__all__ = ["since"]
+__all__ = ["follows_autocast", "since"]
 
 
 def _installed(name: str) -> tuple[int, int]:
@@ -15,6 +15,14 @@ def _installed(name: str) -> tuple[int, int]:
     except metadata.PackageNotFoundError:
         return (0, 0)
     return (int(major), int(minor))
+
+
+def follows_autocast() -> pytest.MarkDecorator:
+    """Skip where ``torch.library`` takes no fallbacks, which following autocast needs."""
+    from torch.library import Library
+
+    old = not hasattr(Library, "fallback")
+    return pytest.mark.skipif(old, reason="this torch.library takes no fallbacks")
 
 
 def since(reason: str, **least: tuple[int, int]) -> pytest.MarkDecorator:

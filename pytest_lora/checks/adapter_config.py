@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import math
 import re
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from pytest_lora.adapter import Adapter
 
-__all__ = ["Findings", "inspect_config", "installed_peft"]
+__all__ = ["Findings", "inspect_config"]
 
 MAX_RANK = 1 << 20
 """Largest believable rank: no layer of any known model is a million wide."""
@@ -47,14 +46,6 @@ class Findings:
         """Add a problem with the configuration key ``key``."""
         where = f"{CONFIG_NAME}: {key}" if key else CONFIG_NAME
         self.problems.append(Problem(where, found, expected, fix))
-
-
-def installed_peft() -> str | None:
-    """Version of the installed PEFT, which is not imported for it; None without PEFT."""
-    try:
-        return importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def inspect_config(

@@ -15,7 +15,7 @@ import torch
 from pytest_lora.adapter import BASE_PREFIX
 from pytest_lora.attach import ADAPTER_NAME, own_randomness
 from pytest_lora.checks.base_shapes import on_meta
-from pytest_lora.loading import quiet
+from pytest_lora.loading import FORMATS, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,17 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PeftView", "inject"]
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-}
 _PLAIN_START = {"init_lora_weights": True, "prompt_tuning_init": "RANDOM"}
 """Initial values that need no data; the file's values replace them anyway."""
 
@@ -121,7 +110,7 @@ def _compare(adapter: Adapter, wrapped: Any, expected: dict[str, torch.Tensor]) 
 
 
 def _empty(info: Any) -> torch.Tensor:
-    dtype = _DTYPES.get(info.dtype, torch.float32)
+    dtype = FORMATS.get(info.dtype, torch.float32)
     return torch.empty(info.shape, dtype=dtype, device="meta")
 
 

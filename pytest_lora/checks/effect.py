@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_lora.attach import ADAPTER_NAME
+from pytest_lora.baseline import FACTS
 from pytest_lora.checks.deltas import Delta, adapted_modules, kind_of, measure_delta
 from pytest_lora.loading import quiet
 from pytest_lora.records import Json, Measurement, Problem
@@ -110,6 +111,7 @@ def measure_adapter_effect(subject: Subject) -> Measurement:
         details={
             "problems": [problem.to_dict() for problem in problems],
             "notes": notes,
+            FACTS: {"inputs": subject.inputs_fact},
             "output_change": change,
             "kinds": {name: kind.report() for name, kind in kinds.items()},
             "delta_per_weight": _by_module(kinds),

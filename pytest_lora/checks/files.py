@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from pytest_lora.checks.adapter_config import Findings, inspect_config, installed_peft
+from pytest_lora.checks.adapter_config import Findings, inspect_config
 from pytest_lora.checks.finite import measure_finite_weights
 from pytest_lora.errors import UsageError
+from pytest_lora.installed import installed_version
 from pytest_lora.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from pytest_lora.records import Measurement, Problem
 from pytest_lora.safetensors_header import CONVERT, sniff
@@ -64,7 +65,7 @@ def measure_adapter_files(
             adapter,
             findings,
             newer_writer=newer_writer,
-            installed=peft_version or installed_peft(),
+            installed=peft_version or installed_version("peft"),
         )
     files = list(_walk(adapter.path))
     _check_weights(adapter, findings)

@@ -12,12 +12,19 @@ so that it is the plain mean of one number per document, which is what a sequent
 exceeds 1: with the base known everywhere, what the unseen documents could still improve is bounded,
 and a failure is never declared on hope.
 
+Against a recorded drift of the same documents, with c_i their likelihoods then,
+
+    drift = drift then + mean_i  N (a_i - c_i) / T :
+
+what two releases of an adapter share cancels document by document, and what is left varies less.
+
 Drift averages: what a model loses on some tokens it may win back on others.  KL(base || adapted)
 and the share of tokens at which both put the same token first do not cancel and stand beside it.
 """
 
 from __future__ import annotations
 
+import array
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,21 +32,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.baseline import FACTS, ITEMS, MOST_ITEMS, Reference, flat
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.nll_cache import NllCache
 from pytest_lora.records import Json, Measurement
 from pytest_lora.stats.distributions import t_quantile
 from pytest_lora.stats.familywise import SequentialHolm
+from pytest_lora.stats.histogram import distribution
 from pytest_lora.stats.sequential import SequentialMean, Verdict
 from pytest_lora.tasks.definition import define
-from pytest_lora.tasks.evaluation import Evaluation
+from pytest_lora.tasks.evaluation import Evaluation, base_facts
 from pytest_lora.tasks.likelihood import Likelihoods
 from pytest_lora.tasks.progress import Pace
 from pytest_lora.tasks.texts import Texts, open_texts
 
 if TYPE_CHECKING:
     from pytest_lora.subject import Subject
-    from pytest_lora.tasks.evaluation import Document
+    from pytest_lora.tasks.definition import Definition
+    from pytest_lora.tasks.evaluation import Collection, Document
     from pytest_lora.tasks.progress import Progress
 
 __all__ = ["ALPHA", "measure_perplexity_drift"]
@@ -51,6 +61,7 @@ CONFIDENCE = 0.95
 DIVERGENCE = 32
 """Documents, the first of the seeded order, on which KL and agreement are taken."""
 WORST = 5
+_ENDS = ("estimate", "low", "high")
 _EXCERPT = 80
 
 Source = str | Path | Sequence[str]
@@ -74,6 +85,7 @@ def measure_perplexity_drift(
     batch_tokens: int | None = None,
     seed: int = 0,
     cache: NllCache | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Mean negative log-likelihood per token, adapted minus base, in nats per token.
@@ -106,11 +118,15 @@ def measure_perplexity_drift(
         batch_tokens: tokens of a pass; None suits the device.
         seed: of the order.
         cache: where likelihoods are kept; None keeps them for this call only.
+        reference: a recorded drift of the same texts.  Where it has their likelihoods and no
+            ``max_document_drift`` is declared, documents are compared with it pair by pair, which
+            takes fewer of them, and the base's likelihoods only of those.
         progress: is told after every batch.
 
     Raises:
         NotApplicable: the base model is no causal language model.
-        CannotRun: its likelihoods cannot be had, or are not finite without the adapter.
+        CannotRun: its likelihoods cannot be had, or are not finite without the adapter, or the
+            reference was made under other facts.
         UsageError: texts, tokenizer or arguments cannot be meant.
     """
     domains = _open(texts)
@@ -129,7 +145,11 @@ def measure_perplexity_drift(
     )
     likelihoods = Likelihoods(subject, tokenizer, definition)
     cache = NllCache(None) if cache is None else cache
-    plan = _Plan(None if full else max_drift, max_document_drift, max_unseen, divergence)
+    facts = {**base_facts(subject.base), "definition": _rules(definition)}
+    if reference is not None:
+        reference.require({**facts, "texts": _only(domains).digest})
+    limit = None if full else max_drift
+    plan = _Plan(limit, max_document_drift, max_unseen, divergence, facts, reference)
     found = [
         _Domain(name, Evaluation(likelihoods, source, cache, seed), plan)
         for name, source in domains.items()
@@ -150,6 +170,20 @@ def _open(texts: Source | Mapping[str, Source]) -> dict[str, Texts]:
         return {name: open_texts(source) for name, source in texts.items()}
     opened = open_texts(texts)
     return {opened.name: opened}
+
+
+def _only(domains: Mapping[str, Texts]) -> Texts:
+    if len(domains) != 1:
+        raise UsageError(f"a reference is of one domain, and here are {', '.join(domains)}")
+    return next(iter(domains.values()))
+
+
+def _rules(definition: Definition) -> dict[str, Json]:
+    """What a drift is defined by: all but what changes rounding only, and differs by device."""
+    rules = definition.to_dict()
+    return {
+        key: value for key, value in rules.items() if key not in ("packing", "padding", "tokens")
+    }
 
 
 def _check(
@@ -179,12 +213,16 @@ class _Plan:
         cap: declared most of a document's drift per token.
         max_unseen: share of the documents that may lie unseen beyond a screened limit.
         divergence: documents on which to take KL and agreement.
+        facts: what another drift has to agree in to be comparable, besides the texts.
+        reference: a recorded drift to compare with.
     """
 
     limit: float | None
     cap: float | None
     max_unseen: float
     divergence: int
+    facts: Mapping[str, Any]
+    reference: Reference | None
 
 
 @dataclass(slots=True)
@@ -231,7 +269,13 @@ class _Domain:
         self.sequential: SequentialMean | None = None
         self.broken: _Suspect | None = None
         self._scale = len(self.collection) / self.collection.tokens
-        self.spread = _Spread()
+        self._drifts = array.array("d")
+        self.spread, self.change = _Spread(), _Spread()
+        self._items: dict[str, Json] = {}
+        self._before = _recorded(plan.reference, self.collection)
+        self._pairs = bool(self._before) and plan.cap is None
+        self._shift = plan.reference.value if self._pairs and plan.reference else 0.0
+        """Added to what pairs say of the change since the reference, to have the drift."""
 
     @property
     def steps(self) -> int:
@@ -244,7 +288,7 @@ class _Domain:
         if self.broken is not None:
             return self.broken.drift
         if self.sequential is not None:
-            return self.sequential.estimate
+            return self._shift + self.sequential.estimate
         return (self.seen.adapted - self.seen.base) / self.seen.tokens
 
     @property
@@ -270,11 +314,7 @@ class _Domain:
 
     def for_the_domain(self) -> tuple[float, float] | None:
         """Interval for other documents of the kind, at :data:`CONFIDENCE` for large numbers."""
-        error = self.spread.standard_error()
-        if error is None or self.broken is not None:
-            return None
-        reach = t_quantile((1 + CONFIDENCE) / 2, self.seen.documents - 1) * error
-        return self.drift - reach, self.drift + reach
+        return None if self.broken is not None else self.spread.around(self.drift)
 
     def interval(self) -> tuple[float, float]:
         """Of the set's drift, at the verdict's own error rate, on the verdict's side."""
@@ -282,10 +322,13 @@ class _Domain:
         if sequential is None or self.exhausted:
             return self.drift, self.drift
         low, high = sequential.interval(1 - 2 * sequential.alpha)
+        low, high = low + self._shift, high + self._shift
+        limit = self._plan.limit
+        assert limit is not None
         if sequential.verdict is Verdict.AT_MOST:
-            high = min(high, sequential.limit)
+            high = min(high, limit)
             return min(low, high), high
-        low = max(low, math.nextafter(sequential.limit, math.inf))
+        low = max(low, math.nextafter(limit, math.inf))
         return low, max(low, high)
 
     # ---------------------------------------------------------------------- evaluation
@@ -321,24 +364,28 @@ class _Domain:
         return before < self._plan.divergence
 
     def _begin(self, limit: float, alpha: float, pace: Pace) -> None:
-        """The base's likelihoods of all documents, and from them how low a drift can be."""
-        largest = 0.0
-        longest = 0
-        for number in range(len(self.collection.batches)):
-            documents, computed = self._evaluation.batch(number, base=True)
-            largest = max(largest, *(_finite_base(document) for document in documents))
-            longest = max(longest, *(document.tokens for document in documents))
-            pace.step(len(documents), computed=computed)
+        """What is subtracted from of all documents, and from it how low a difference can be."""
+        largest = max(self._before.values()) if self._pairs else self._largest_of_the_base(pace)
+        longest = max(tokens for batch in self.collection.batches for _, tokens in batch)
         cap = None if self._plan.cap is None else self._plan.cap * longest * self._scale
         floor = -largest * self._scale
         self.sequential = SequentialMean(
             len(self.collection),
-            limit,
+            limit - self._shift,
             alpha=alpha,
             floor=floor,
             cap=None if cap is None else max(cap, floor),
             max_unseen=self._plan.max_unseen,
         )
+
+    def _largest_of_the_base(self, pace: Pace) -> float:
+        """The base's likelihoods of all documents; the largest of them, negative, in nats."""
+        largest = 0.0
+        for number in range(len(self.collection.batches)):
+            documents, computed = self._evaluation.batch(number, base=True)
+            largest = max(largest, *(_finite_base(document) for document in documents))
+            pace.step(len(documents), computed=computed)
+        return largest
 
     def _take(self, document: Document) -> None:
         base, adapted = _finite_base(document), document.adapted
@@ -351,8 +398,15 @@ class _Domain:
         if self.broken is not None:
             return
         self.spread.add(adapted - base, document.tokens)
+        self._drifts.append(suspect.drift)
+        before = self._before.get(document.number)
+        if before is not None:
+            self.change.add(adapted - before, document.tokens)
         if self.sequential is not None:
-            self.sequential.add((adapted - base) * self._scale)
+            ground = before if self._pairs and before is not None else base
+            self.sequential.add((adapted - ground) * self._scale)
+        if len(self.collection) <= MOST_ITEMS:
+            self._items[str(document.number)] = adapted
         push = heapq.heappush if len(self.worst) < WORST else heapq.heappushpop
         push(self.worst, suspect)
 
@@ -379,10 +433,15 @@ class _Domain:
             "without_a_token": self.collection.left_out,
             "standard_error": self.spread.standard_error(),
             "for_the_domain": self.for_the_domain(),
+            "distribution": distribution(self._drifts),
             "worst": self._listed(),
             "texts": self.collection.texts.digest,
             "from_cache": dict(self._evaluation.hits),
+            FACTS: flat({**self._plan.facts, "texts": self.collection.texts.digest}),
+            ITEMS: self._items,
         }
+        if self._plan.reference is not None:
+            found["baseline"] = self._since(self._plan.reference)
         if seen.compared:
             found["kl"] = seen.kl / seen.compared
             found["same_top_token"] = seen.agree / seen.compared
@@ -392,9 +451,28 @@ class _Domain:
             found["sequential"] = self._evidence(self.sequential)
         return found
 
+    def _since(self, reference: Reference) -> dict[str, Json]:
+        """What has changed since the reference, and how sure that is for the domain."""
+        change = self.drift - reference.value
+        return {
+            "drift": reference.value,
+            "change": change,
+            "paired": self._pairs,
+            "for_the_domain": self.change.around(change),
+        }
+
     def _evidence(self, sequential: SequentialMean) -> dict[str, Json]:
         """What a verdict rests on; caps in the unit of the items, N/T nats."""
-        return {"item": "N (a_i - b_i) / T", **sequential.evidence()}
+        path: list[Json] = [
+            {"used": row["used"], **{name: self._drift_of(row[name]) for name in _ENDS}}
+            for row in sequential.path(1 - 2 * sequential.alpha)
+        ]
+        ground = "c_i" if self._pairs else "b_i"
+        return {"item": f"N (a_i - {ground}) / T", **sequential.evidence(), "path": path}
+
+    def _drift_of(self, value: float | None) -> float | None:
+        """What the sequential verdict knows, as a drift."""
+        return None if value is None else value + self._shift
 
     def _listed(self) -> list[Json]:
         listed: list[Json] = []
@@ -436,6 +514,23 @@ class _Spread:
         r = self._y / self._t
         squares = max(0.0, self._yy - 2 * r * self._yt + r * r * self._tt)
         return math.sqrt(self._count / (self._count - 1) * squares) / self._t
+
+    def around(self, value: float) -> tuple[float, float] | None:
+        """Interval at :data:`CONFIDENCE` for large numbers; None for a single document."""
+        error = self.standard_error()
+        if error is None:
+            return None
+        reach = t_quantile((1 + CONFIDENCE) / 2, self._count - 1) * error
+        return value - reach, value + reach
+
+
+def _recorded(reference: Reference | None, collection: Collection) -> dict[int, float]:
+    """The likelihoods of a reference by document; none where it has not all of them."""
+    if reference is None or len(reference.items) != len(collection):
+        return {}
+    found = {int(name): nll for name, nll in reference.items.items() if name.isdecimal()}
+    numbers = [number for batch in collection.batches for number, _ in batch]
+    return found if all(number in found for number in numbers) else {}
 
 
 def _finite_base(document: Document) -> float:
@@ -488,7 +583,8 @@ def _measurement(
     broken = any(domain.broken is not None for domain in domains)
     tokens = sum(domain.collection.tokens for domain in domains)
     pooled = sum(domain.drift * domain.collection.tokens for domain in domains) / tokens
-    table: dict[str, Json] = {domain.name: domain.details() for domain in domains}
+    table = {domain.name: domain.details() for domain in domains}
+    alone = {key: table[worst.name][key] for key in (FACTS, ITEMS)} if len(domains) == 1 else {}
     return Measurement(
         value=worst.drift,
         unit="nats per token",
@@ -497,6 +593,7 @@ def _measurement(
         high=high if estimated and not broken else None,
         where=worst.where(),
         details={
+            **alone,
             "perplexity_ratio": _exp(worst.drift),
             "pooled": {"drift": pooled, "perplexity_ratio": _exp(pooled)},
             "domains": table,

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.baseline import FACTS, digest_of
 from pytest_lora.errors import CannotRun, NotApplicable, UsageError
+from pytest_lora.names import meant
 from pytest_lora.records import Json, Measurement, Problem
 from pytest_lora.stats.distributions import binomial_cdf
 from pytest_lora.stats.order import seeded_order
@@ -26,7 +28,6 @@ from pytest_lora.tasks.formats import read_task
 from pytest_lora.tasks.generate import Generator, sample_seed
 from pytest_lora.tasks.graders import score_of
 from pytest_lora.tasks.humaneval import pass_at_k
-from pytest_lora.tasks.names import meant
 from pytest_lora.tasks.prompting import Prompter, task_tokenizer
 from pytest_lora.tasks.records import Task, TaskItem
 from pytest_lora.tasks.scoring import excerpt
@@ -85,7 +86,8 @@ def measure_generation_health(
         prompts: a task, a file of items, or texts (not a single one: that is a file's name).
         tokenizer: None takes the adapter folder's own, else the base model's.
         count: prompts at most, the first of a seeded order.
-        max_new_tokens: tokens an answer may have; None takes the task's, 256 for texts.
+        max_new_tokens: tokens an answer may have; None takes the task's, for texts 256 or half of
+            a smaller window.
         limits: for each symptom named, the share of prompts that may show it, whatever the base
             model does: ``{"unstopped": 0}`` for an adapter trained to end every answer.
         alpha: error rate of the comparison with the base model.
@@ -337,6 +339,14 @@ def measure_generation_diversity(
             "samples": samples,
             "temperature": temperature,
             "tokenizer": tokens.source,
+            FACTS: {
+                "prompts": digest_of(asked.texts),
+                "samples": samples,
+                "temperature": temperature,
+                "seed": seed,
+                "max_new_tokens": asked.max_new_tokens,
+                "stop": list(asked.task.stop),
+            },
             "notes": [*our_notes, *(f"base model: {note}" for note in their_notes)],
         },
     )
@@ -391,7 +401,7 @@ class _Asked:
         self._special = _special_tokens(tokens)
 
     def _generator(self, model: Any, batch_size: int, temperature: float = 0.0) -> Generator:
-        return Generator(
+        generator = Generator(
             model,
             self.tokens,
             max_new_tokens=self.max_new_tokens,
@@ -399,6 +409,8 @@ class _Asked:
             batch_size=batch_size,
             temperature=temperature,
         )
+        self.max_new_tokens = generator.max_new_tokens
+        return generator
 
     def answers(self, model: Any, batch_size: int) -> tuple[list[Answer], list[str]]:
         """Greedy answers and notes."""

@@ -12,12 +12,13 @@ sample of is another question, answered by intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.errors import UsageError
+from pytest_lora.baseline import FACTS, ITEMS, MOST_ITEMS, Reference, since_baseline
+from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.records import Json, Measurement
 from pytest_lora.stats.order import seeded_order
 from pytest_lora.stats.paired import (
@@ -33,6 +34,7 @@ from pytest_lora.stats.proportions import (
     needed_items,
     wilson_interval,
 )
+from pytest_lora.tasks.evaluation import base_facts
 from pytest_lora.tasks.formats import read_task
 from pytest_lora.tasks.progress import Pace
 from pytest_lora.tasks.prompting import task_tokenizer
@@ -51,8 +53,8 @@ ALPHA = 0.001
 """Probability of a wrong verdict before all items were seen."""
 CONFIDENCE = 0.95
 """Of intervals for the domain that the items are a sample of."""
+UNIT = "accuracy"
 FAILING = 5
-MOST_LISTED = 2000
 
 
 def measure_task_accuracy(
@@ -69,6 +71,7 @@ def measure_task_accuracy(
     batch_size: int = 8,
     seed: int = 0,
     store: Store | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Accuracy of the adapted model on a task: the mean score of its items, from 0 to 1.
@@ -92,17 +95,23 @@ def measure_task_accuracy(
         batch_size: rows run together.
         seed: of the order.
         store: keeps scores of finished items for the next run.
+        reference: a recorded accuracy on the same task, which the result is compared with, item by
+            item as far as both were scored.
         progress: is told after every batch.
 
     Raises:
         NotApplicable: the base model is no causal language model.
-        CannotRun: there is no tokenizer, or the model or its chat template fails.
+        CannotRun: there is no tokenizer, the model or its chat template fails, or the reference
+            was made under other facts.
         UsageError: the task or an argument cannot be meant.
     """
     known = task if isinstance(task, Task) else read_task(task)
     floor = known.min_accuracy if min_accuracy is None else min_accuracy
     _check(floor, alpha, confidence, batch_size)
     tokens = task_tokenizer(subject, tokenizer)
+    facts = _facts(subject, known)
+    if reference is not None:
+        reference.require(facts, UNIT)
     options: dict[str, Any] = {"batch_size": batch_size, "store": store}
     scorer = ItemScorer(subject, known, tokens, **options)
     whole = full or base or domain or floor is None
@@ -110,7 +119,9 @@ def measure_task_accuracy(
     pace = Pace(len(known) * (1 + base), progress)
     order = seeded_order(len(known), seed, known.name)
     found = _Found(known, tokens, list(_scored(scorer, order, rule, pace)), rule)
-    details = _details(found, scorer, confidence)
+    details = {**_details(found, scorer, confidence, alpha), FACTS: facts}
+    if reference is not None:
+        details["baseline"] = _since(found, reference, 0.0, confidence)
     if base:
         ground = ItemScorer(subject, known, tokens, base=True, **options)
         scores = list(_scored(ground, order, None, pace))
@@ -119,7 +130,7 @@ def measure_task_accuracy(
     low, high = _interval(found, domain, confidence, alpha)
     return Measurement(
         value=found.accuracy,
-        unit="accuracy",
+        unit=UNIT,
         count=len(found.scores),
         low=low,
         high=high,
@@ -139,6 +150,7 @@ def measure_task_change(
     batch_size: int = 8,
     seed: int = 0,
     store: Store | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Accuracy with the adapter minus that of the untouched base, on the same items.
@@ -148,6 +160,9 @@ def measure_task_change(
     the non-inferiority p-value at ``min_change`` are in the details: -0.02 asks whether less than
     two points were lost, a positive one whether at least so much was gained.
 
+    With ``reference`` the recorded scores of an earlier adapter take the place of the base's, and
+    the base is not run.
+
     Arguments and exceptions as for :func:`measure_task_accuracy`; every item is scored twice.
     """
     known = task if isinstance(task, Task) else read_task(task)
@@ -155,17 +170,23 @@ def measure_task_change(
         raise UsageError(f"min_change={min_change} is no difference of accuracies")
     _check(None, ALPHA, confidence, batch_size)
     tokens = task_tokenizer(subject, tokenizer)
+    facts = _facts(subject, known)
     options: dict[str, Any] = {"batch_size": batch_size, "store": store}
     order = seeded_order(len(known), seed, known.name)
-    pace = Pace(2 * len(known), progress)
     scorer = ItemScorer(subject, known, tokens, **options)
+    if reference is not None:
+        reference.require(facts, UNIT)
+        pace = Pace(len(known), progress)
+        found = _Found(known, tokens, list(_scored(scorer, order, None, pace)), None)
+        return _change_since(found, scorer, reference, min_change, domain, confidence, facts)
+    pace = Pace(2 * len(known), progress)
     ground = ItemScorer(subject, known, tokens, base=True, **options)
     found = _Found(known, tokens, list(_scored(scorer, order, None, pace)), None)
     before = list(_scored(ground, order, None, pace))
     comparison = _comparison(found.scores, before, min_change, confidence)
-    value = found.accuracy - _mean(before)
+    value = comparison["change"]  # rounded once, unlike a difference of two means
     low, high = comparison["interval"] if domain else (None, None)
-    details = {**_details(found, scorer, confidence), "base": comparison}
+    details = {**_details(found, scorer, confidence), "base": comparison, FACTS: facts}
     details["notes"] += [f"base model: {note}" for note in ground.notes]
     return Measurement(
         value=value,
@@ -174,6 +195,54 @@ def measure_task_change(
         low=low,
         high=high,
         where=_lost(known, found.scores, before),
+        details=details,
+    )
+
+
+def _facts(subject: Subject, task: Task) -> dict[str, Any]:
+    """What another accuracy has to agree in to be comparable."""
+    return {**base_facts(subject.base), "task": task.digest, "rules": task.rules()}
+
+
+def _since(
+    found: _Found, reference: Reference, min_change: float, confidence: float
+) -> dict[str, Any]:
+    """How the scores compare with recorded ones, on the items that both have."""
+    items = found.task.items
+    pairs = [
+        (reference.items[items[score.index].id], score.score)
+        for score in found.scores
+        if items[score.index].id in reference.items
+    ]
+    table: dict[str, Any] = {"accuracy": reference.value, "items": len(pairs)}
+    return {**table, **_paired(pairs, min_change, confidence)} if pairs else table
+
+
+def _change_since(
+    found: _Found,
+    scorer: ItemScorer,
+    reference: Reference,
+    min_change: float,
+    domain: bool,
+    confidence: float,
+    facts: Mapping[str, Any],
+) -> Measurement:
+    comparison = _since(found, reference, min_change, confidence)
+    if comparison["items"] < len(found.scores):
+        raise CannotRun(
+            f"{reference.where}: holds the scores of {comparison['items']} of "
+            f"{len(found.scores)} items (at most {MOST_ITEMS:,} are kept), so what changed in the "
+            'domain cannot be told; judge the items: about = "items"'
+        )
+    low, high = comparison["interval"] if domain else (None, None)
+    details = {**_details(found, scorer, confidence), "baseline": comparison, FACTS: facts}
+    return Measurement(
+        value=comparison["change"],
+        unit=since_baseline(UNIT),
+        count=len(found.scores),
+        low=low,
+        high=high,
+        where=_where(found.task, found.scores),
         details=details,
     )
 
@@ -266,7 +335,14 @@ def _domain_interval(scores: Sequence[ItemScore], confidence: float) -> tuple[fl
     return max(low, 0.0), min(high, 1.0)
 
 
-def _details(found: _Found, scorer: ItemScorer, confidence: float) -> dict[str, Any]:
+def _evidence(rule: SequentialProportion, alpha: float) -> dict[str, Any]:
+    """What a verdict rests on, and how it came about."""
+    return {**rule.evidence(), "path": rule.path(1 - alpha)}
+
+
+def _details(
+    found: _Found, scorer: ItemScorer, confidence: float, alpha: float = ALPHA
+) -> dict[str, Any]:
     task, scores = found.task, found.scores
     low, high = _domain_interval(scores, confidence)
     share = found.accuracy
@@ -281,7 +357,7 @@ def _details(found: _Found, scorer: ItemScorer, confidence: float) -> dict[str, 
         "scored": len(scores),
         "computed": scorer.computed,
         "certain": found.rule is None or found.rule.certain,
-        "sequential": found.rule.evidence() if found.rule else None,
+        "sequential": _evidence(found.rule, alpha) if found.rule else None,
         "domain": {
             "confidence": confidence,
             "low": low,
@@ -291,7 +367,7 @@ def _details(found: _Found, scorer: ItemScorer, confidence: float) -> dict[str, 
         },
         "not_finite": sum(not score.finite for score in scores),
         "failing": _failing(task, scores),
-        "scores": {task.items[s.index].id: s.score for s in scores[:MOST_LISTED]},
+        ITEMS: {task.items[s.index].id: s.score for s in scores[:MOST_ITEMS]},
         "notes": list(scorer.notes),
     }
     if details["not_finite"]:
@@ -353,8 +429,18 @@ def _comparison(
 ) -> dict[str, Any]:
     """What the base makes of the same items, and how sure the difference is."""
     pairs = [(old.score, new.score) for old, new in zip(before, after, strict=True)]
-    table: dict[str, Any] = {"accuracy": _mean(before), "change": _mean(after) - _mean(before)}
+    return {"accuracy": _mean(before), **_paired(pairs, min_change, confidence)}
+
+
+def _paired(
+    pairs: Sequence[tuple[float, float]], min_change: float, confidence: float
+) -> dict[str, Any]:
+    """The change of the mean between scores of the same items, and how sure it is."""
+    change = math.fsum(part for old, new in pairs for part in (new, -old)) / len(pairs)
+    table: dict[str, Any] = {"change": change}
     if not all(value in (0, 1) for pair in pairs for value in pair):
+        if len(pairs) < 2:
+            return {**table, "interval": (-1.0, 1.0), "confidence": confidence}
         low, high = mean_interval([new - old for old, new in pairs], confidence)
         return {**table, "interval": (low, high), "confidence": confidence}
     gained, lost = changes([int(old) for old, _ in pairs], [int(new) for _, new in pairs])

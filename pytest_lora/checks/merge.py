@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from pytest_lora.baseline import FACTS
+from pytest_lora.checks.four_bit import block_format, four_bit_modules
 from pytest_lora.checks.merge_layers import (
     NotMergeable,
     adapters_of,
@@ -28,6 +30,7 @@ from pytest_lora.checks.merge_outputs import (
     attribute,
     first_tensor,
     forward_distance,
+    from_weight,
     lengths_of,
     native_distance,
     wide_distance,
@@ -36,14 +39,16 @@ from pytest_lora.checks.unmerge import measure_unmerge_restoration
 from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.loading import one_line, quiet
 from pytest_lora.numerics.fingerprint import locate_difference
+from pytest_lora.numerics.four_bit import judge_requantised
 from pytest_lora.numerics.merge_bound import WeightError, judge_merge, judge_sum
+from pytest_lora.numerics.precision import accurate_products
 from pytest_lora.numerics.rounding import Ball
-from pytest_lora.numerics.streaming import accurate_products, computing_in, intercepted
+from pytest_lora.numerics.streaming import computing_in, intercepted
 from pytest_lora.records import Json, Measurement, Problem
 from pytest_lora.structure import on_clones
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from pytest_lora.checks.merge_layers import LowRankLayer
     from pytest_lora.subject import Subject
@@ -138,7 +143,8 @@ def measure_merge_equivalence(subject: Subject, *, safe_merge: bool = False) -> 
     for name, other in _shared_storage(subject.model, layers):
         _blame_sharing(run.verdicts[name], name, other)
     verdicts = sorted(run.verdicts.values(), key=lambda item: item.value, reverse=True)
-    return _equivalence(verdicts, whole, _notes_on_merge(subject, verdicts, whole))
+    facts: dict[str, Json] = {"safe_merge": safe_merge, "inputs": subject.inputs_fact}
+    return _equivalence(verdicts, whole, _notes_on_merge(subject, verdicts, whole), facts)
 
 
 class _MergeRun:
@@ -198,6 +204,7 @@ class _Visit:
         single = len(adapters) == 1
         self.known = describe(layer, self.adapter, safe_merge=safe_merge) if single else None
         self.before = base_tensors(layer)
+        self.format = block_format(self._base.weight) if self._is_four_bit else None
         self.delta = None if self.known else _own_delta(layer, self.adapter, self.before)
         kind = self.known.kind if self.known else type(layer).__name__
         self.verdict = _Verdict(name, kind)
@@ -236,6 +243,14 @@ class _Visit:
     def _is_dora(self) -> bool:
         return self.known is not None and self.known.update.magnitude is not None
 
+    @property
+    def _is_four_bit(self) -> bool:
+        return self.known is not None and self.known.four_bit
+
+    @property
+    def _base(self) -> Any:
+        return self.layer.get_base_layer()
+
     def _merge(self) -> str:
         try:
             failure = merge(self.layer, safe_merge=self.safe_merge)
@@ -246,8 +261,9 @@ class _Visit:
         return "" if self.layer.merged_adapters else "the merge did nothing"
 
     def _merged_tensors(self) -> dict[str, torch.Tensor]:
-        base = self.layer.get_base_layer()
-        return {name: attribute(base, name) for name in self.before}
+        if self._is_four_bit:
+            return base_tensors(self.layer)
+        return {name: attribute(self._base, name) for name in self.before}
 
     # -- weights
 
@@ -255,6 +271,9 @@ class _Visit:
         for name, old in self.before.items():
             new = after[name]
             where = f"{self.name}.{name}"
+            if self._is_four_bit and name == "weight":
+                self._judge_four_bit(where, old, new)
+                continue
             if (old.dtype, old.shape) != (new.dtype, new.shape):
                 text = f"became {as_text(new)} by merging, {as_text(old)} before"
                 self.verdict.worst(math.inf, where, text)
@@ -281,6 +300,17 @@ class _Visit:
         self.verdict.worst(error.worst, f"{where}{list(index)}", _weight_text(error))
         if where.endswith(".weight"):
             self.verdict.weight = error
+
+    def _judge_four_bit(self, where: str, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Which code every element got; PEFT keeps the format, and may widen what it stands for."""
+        assert self.known is not None
+        assert self.format is not None
+        form = block_format(self._base.weight)
+        if not form.holds_like(self.format) or old.shape != new.shape:
+            self.verdict.worst(math.inf, where, "merging changed the format of its 4-bit blocks")
+            return
+        error = judge_requantised(old, new, self.known.update, form)
+        self._take(where, error, error.index or ())
 
     def _judge_untouched(self, where: str, old: torch.Tensor, new: torch.Tensor) -> None:
         found = locate_difference(old, new)
@@ -315,10 +345,16 @@ class _Visit:
         self, known: LowRankLayer, merged: torch.Tensor, weight: torch.Tensor, args: Args
     ) -> None:
         if known.kind in ("linear", "conv1d"):
-            lengths = lengths_of(known, weight, self.layer.get_base_layer())
-            unmerged = first_tensor(self._run())
-            distance = native_distance(args[0], merged, unmerged, lengths)
-            self._output("output", distance, "merged and unmerged output differ by {} the bound")
+            text = "merged and unmerged output differ by {} the bound"
+            if known.four_bit:
+                # What quantising again takes away is no rounding: the merged weight alone counts.
+                weight = weight.to(getattr(self._base, "compute_dtype", None) or args[0].dtype)
+                unmerged = from_weight(args[0], weight, self._base.bias)
+                text = "the merged output is not that of the merged weight: off by {} the bound"
+            else:
+                unmerged = first_tensor(self._run())
+            lengths = lengths_of(known, weight, self._base)
+            self._output("output", native_distance(args[0], merged, unmerged, lengths), text)
         try:
             distance = forward_distance(self.layer, known, self.forward, args, merged)
         except (RuntimeError, ValueError) as error:
@@ -442,6 +478,9 @@ def _whole_model(
     found: dict[str, Json] = {"reference": str(wide).removeprefix("torch.")}
     found["rms_effect"] = effect = _rms(unmerged, base)
     found["rms_merged_unmerged"] = _rms(merged, unmerged)
+    if four_bit_modules(subject.model):  # no format is wide enough for what this rounds to
+        ratio = {"noise_to_effect": _rms(merged, unmerged) / effect} if effect else {}
+        return {**found, **ratio, "reference": None}
     if subject.base.dtype == torch.float64:
         return {**found, "reference": None}
     try:
@@ -465,7 +504,12 @@ def _rms(a: torch.Tensor, b: torch.Tensor) -> float:
 # ------------------------------------------------------------------------- putting it together
 
 
-def _equivalence(verdicts: list[_Verdict], whole: dict[str, Json], notes: list[str]) -> Measurement:
+def _equivalence(
+    verdicts: list[_Verdict],
+    whole: dict[str, Json],
+    notes: list[str],
+    facts: Mapping[str, Json],
+) -> Measurement:
     worst = verdicts[0]
     judged = [item for item in verdicts if item.kind]
     if not judged:
@@ -479,6 +523,7 @@ def _equivalence(verdicts: list[_Verdict], whole: dict[str, Json], notes: list[s
         details={
             "problems": [item.problem().to_dict() for item in outside[:_LISTED]],
             "notes": notes,
+            FACTS: facts,
             "model": whole,
             "layers": [item.to_dict() for item in verdicts[:_LISTED]],
             "ulps": {item.name: float(f"{item.weight.ulps:.3g}") for item in judged[:_MAPPED]},
@@ -506,7 +551,7 @@ def _noise_notes(subject: Subject, verdicts: list[_Verdict]) -> Iterator[str]:
     total = WeightError()
     for weight in weights:
         total = total.joined(weight)
-    dtype = str(subject.base.dtype).removeprefix("torch.")
+    dtype = _format_name(subject)
     if not total.changed:
         yield (
             f"merging changes no weight: every delta is below half a unit in the last place of "
@@ -523,13 +568,19 @@ def _noise_notes(subject: Subject, verdicts: list[_Verdict]) -> Iterator[str]:
 def _output_notes(subject: Subject, whole: dict[str, Json]) -> Iterator[str]:
     ratio = whole.get("noise_to_effect")
     if isinstance(ratio, float) and ratio > 1:
-        dtype = str(subject.base.dtype).removeprefix("torch.")
+        dtype = _format_name(subject)
         yield (
-            f"{dtype}'s rounding moves the merged model's output {ratio:.2g} times as far as the "
+            f"rounding to {dtype} moves the merged model's output {ratio:.2g} times as far as the "
             "adapter does"
         )
     if isinstance(ratio, float) and math.isnan(ratio):
         yield "the model's own output is not finite"
+
+
+def _format_name(subject: Subject) -> str:
+    if four_bit_modules(subject.model):
+        return "4-bit blocks"
+    return str(subject.base.dtype).removeprefix("torch.")
 
 
 def _saved_modules(model: torch.nn.Module) -> list[str]:

@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.checks.four_bit import doubt_about, is_four_bit, read_back
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import one_line
 from pytest_lora.numerics.merge_bound import LowRankUpdate
 from pytest_lora.numerics.rounding import Ball, is_floating_format
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _LORA_MODULE = "peft.tuners.lora.layer"
+_FOUR_BIT_MODULE = "peft.tuners.lora.bnb"
 _REFUSAL = re.compile(r"\b(?:un)?merg(?:e|ing)\b|not supported", re.IGNORECASE)
 _CONVOLUTIONS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
 
@@ -51,6 +53,7 @@ class LowRankLayer:
             store their weight as (in, out)).
         bias: the adapter's own bias (``lora_bias``), or ``None``.
         kind: ``linear``, ``conv1d`` (GPT-2's transposed linear), ``embedding`` or ``convolution``.
+        four_bit: whether the weight is held in 4-bit blocks, so that a merge quantises it again.
     """
 
     update: LowRankUpdate
@@ -58,6 +61,7 @@ class LowRankLayer:
     transposed: bool
     bias: torch.Tensor | None
     kind: str
+    four_bit: bool = False
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as the (d, k) matrix the update is given for; a view."""
@@ -96,7 +100,8 @@ def mergeable_layers(model: Any) -> dict[str, Any]:
     """The tuner layers that the active adapter has weights in, by name.
 
     Raises:
-        NotApplicable: there are none, or their base weights are quantised.
+        NotApplicable: there are none, or their base weights are quantised in another way than
+            plain LoRA's in 4-bit blocks.
     """
     config = model.peft_config[model.active_adapter]
     kind = getattr(config.peft_type, "value", str(config.peft_type))
@@ -107,18 +112,23 @@ def mergeable_layers(model: Any) -> dict[str, Any]:
         raise NotApplicable(f"no layer of this {kind} adapter can be merged into a base weight")
     for name, layer in layers.items():
         reason = quantisation_of(layer)
-        if reason:
+        if reason and not _is_known_four_bit(layer):
             raise NotApplicable(
                 f"{name}: {reason}; a merge quantises the weight again, and the rounding analysis "
-                "is for floating-point weights"
+                "is for floating-point weights, and for plain LoRA on bitsandbytes' 4-bit ones"
             )
     return layers
 
 
 def base_tensors(layer: Any) -> dict[str, torch.Tensor]:
-    """The floating-point parameters of the base layer by name, sharing its memory."""
-    named = layer.get_base_layer().named_parameters()
-    return {name: p.detach() for name, p in named if p.is_floating_point()}
+    """The floating-point parameters of the base layer by name, sharing its memory.
+
+    A weight in 4-bit blocks is among them, read back.
+    """
+    named = dict(layer.get_base_layer().named_parameters())
+    found = {name: p.detach() for name, p in named.items() if p.is_floating_point()}
+    blocks = {name: read_back(p) for name, p in named.items() if is_four_bit(p)}
+    return {**blocks, **found}
 
 
 def as_text(tensor: torch.Tensor) -> str:
@@ -147,6 +157,8 @@ def quantisation_of(layer: Any) -> str:
     """What makes the base layer's weight a quantised one; empty for a plain floating weight."""
     base = layer.get_base_layer()
     for name, parameter in base.named_parameters():
+        if is_four_bit(parameter) and doubt_about(parameter):
+            return f"{name} is a {type(parameter).__name__}, {doubt_about(parameter)}"
         if hasattr(parameter, "__tensor_flatten__") or hasattr(parameter, "quant_state"):
             return f"{name} is a {type(parameter).__name__}"
         if not is_floating_format(parameter.dtype):
@@ -156,13 +168,31 @@ def quantisation_of(layer: Any) -> str:
     return ""
 
 
-def merge(layer: Any, *, safe_merge: bool) -> str:
+def _is_known_four_bit(layer: Any) -> bool:
+    adapters = adapters_of(layer)
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if len(adapters) != 1 or not is_four_bit(weight) or doubt_about(weight):
+        return False
+    known = describe(layer, adapters[0], safe_merge=False)
+    return known is not None and known.four_bit
+
+
+def merge(layer: Any, *, safe_merge: bool, names: Sequence[str] = ()) -> str:
     """Merge the layer with PEFT's own call; returns what went wrong, empty if nothing did.
+
+    With ``names`` these adapters, one after the other; else those that are active.
 
     Raises:
         NotMergeable: PEFT refuses by design.
     """
-    return _attempt(lambda: layer.merge(safe_merge=safe_merge))
+
+    def carry_out() -> None:
+        if not names:
+            layer.merge(safe_merge=safe_merge)
+        for name in names:
+            layer.merge(safe_merge=safe_merge, adapter_names=[name])
+
+    return _attempt(carry_out)
 
 
 def unmerge(layer: Any) -> str:
@@ -186,6 +216,8 @@ def _attempt(call: Callable[[], None]) -> str:
 def describe(layer: Any, adapter: str, *, safe_merge: bool) -> LowRankLayer | None:
     """The formula of the layer's merge, or ``None`` where PEFT computes something else."""
     cls = type(layer)
+    if cls.__module__ == _FOUR_BIT_MODULE and cls.__name__ == "Linear4bit":
+        return _describe_four_bit(layer, adapter)
     if cls.__module__ != _LORA_MODULE or not _plain_or_dora(layer, adapter):
         return None
     if cls.__name__ == "Linear":
@@ -222,6 +254,15 @@ def _describe_linear(layer: Any, adapter: str, safe_merge: bool) -> LowRankLayer
     swapped = bool(layer.fan_in_fan_out)
     kind = "conv1d" if swapped else "linear"
     return _matrix_layer(layer, adapter, A, B, swapped=swapped, kind=kind, rounds=safe_merge)
+
+
+def _describe_four_bit(layer: Any, adapter: str) -> LowRankLayer | None:
+    if getattr(layer, "lora_variant", {}).get(adapter) is not None:
+        return None
+    A, B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    update = LowRankUpdate(B, A, float(layer.scaling[adapter]))
+    shape = tuple(layer.get_base_layer().weight.quant_state.shape)
+    return LowRankLayer(update, shape, False, _bias(layer, adapter), "linear", four_bit=True)
 
 
 def _describe_embedding(layer: Any, adapter: str) -> LowRankLayer:

@@ -22,7 +22,7 @@ from pytest_lora.numerics.streaming import widened
 from pytest_lora.structure import Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from pytest_lora.checks.merge_layers import LowRankLayer
 
@@ -31,6 +31,7 @@ __all__ = [
     "attribute",
     "first_tensor",
     "forward_distance",
+    "from_weight",
     "lengths_of",
     "native_distance",
     "wide_distance",
@@ -98,6 +99,16 @@ def native_distance(
     x = _rows(inputs, width)
     a, b = (output.reshape(-1, width)[: x.shape[0]] for output in (merged, unmerged))
     return linear_distance(x, a, b, lengths)
+
+
+def from_weight(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What a linear layer with that weight puts out, in float64, for the rows that are compared."""
+    x = _rows(inputs, weight.shape[0])
+    return torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
 
 
 # ----------------------------------------------------------------------- in float64
@@ -202,11 +213,13 @@ def wide_distance(
     forward: Callable[..., Any],
     call: tuple[tuple[Any, ...], dict[str, Any]] | None,
     native: Mapping[str, torch.Tensor],
+    *,
+    names: Sequence[str] = (),
 ) -> WideDistance:
     """Widen a layer to float64, run it unmerged, let PEFT merge it, and run it again.
 
     ``call`` is what the layer was called with, if it was; ``native`` holds base tensors as merged
-    in the dtype in use, by name.
+    in the dtype in use, by name; ``names`` are adapters to merge in turn rather than all at once.
 
     Outputs may differ, as root mean squares, by ``16 u sqrt(k)`` of the output with float32's u:
     sixteen float32 roundings of every operand of k products, for code that fixes float32 in some
@@ -218,7 +231,7 @@ def wide_distance(
         with widened(layer, torch.float64):
             if call:
                 outputs.append(_run_wide(forward, call))
-            failure = merge(layer, safe_merge=False)
+            failure = merge(layer, safe_merge=False, names=names)
             if failure:
                 return WideDistance(unknown=failure)
             if call:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_lora.attach import ADAPTER_NAME
+from pytest_lora.baseline import FACTS
 from pytest_lora.checks.bits import how_different, is_routed, median_rms, rms
 from pytest_lora.errors import NotApplicable
 from pytest_lora.numerics.noise import rounding_noise
@@ -137,7 +138,7 @@ def measure_padding_invariance(subject: Subject) -> Measurement:
         adapted, plain = _compare(runner, bare, variants)
         ours |= adapted
         base |= plain
-    return _measurement(ours, base)
+    return _measurement(ours, base, {"inputs": subject.inputs_fact})
 
 
 def _compare(
@@ -159,7 +160,7 @@ def _compare(
     return adapted, plain
 
 
-def _measurement(ours: _Layouts, base: _Layouts) -> Measurement:
+def _measurement(ours: _Layouts, base: _Layouts, facts: Mapping[str, Json]) -> Measurement:
     judged: _Layouts = {}
     notes = []
     for layout, found in ours.items():
@@ -183,6 +184,7 @@ def _measurement(ours: _Layouts, base: _Layouts) -> Measurement:
         where=str(problems[0]) if problems else worst.where or None,
         details={
             "layouts": table,
+            FACTS: facts,
             "problems": [problem.to_dict() for problem in problems],
             "notes": notes,
         },

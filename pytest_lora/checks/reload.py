@@ -18,7 +18,9 @@ import torch
 
 from pytest_lora.adapter import BASE_PREFIX, read_adapter
 from pytest_lora.attach import ADAPTER_NAME
+from pytest_lora.baseline import FACTS
 from pytest_lora.checks.bits import how_different, is_routed, median_rms, output_problem, rms
+from pytest_lora.checks.four_bit import four_bit_modules
 from pytest_lora.errors import CannotRun, NotApplicable
 from pytest_lora.fresh import (
     TIMEOUT,
@@ -336,11 +338,12 @@ def measure_merged_reload(subject: Subject, *, timeout: float = TIMEOUT) -> Meas
             problem = dataclasses.replace(problem, fix=_cause(target, subject))
     wide = _wide_output(spec, adapter, inputs, merged.dtype, timeout)
     routed = is_routed(subject.base.module)
+    facts = {"inputs": subject.inputs_fact}
     if wide is None:
         note = "float64: no wider format to judge rounding by"
-        return _judged(None, merged, problem, note)
+        return _judged(None, merged, problem, note, facts)
     errors = Errors.of(merged, unmerged, wide, typical=routed)
-    return _judged(errors, merged, problem, _ROUTED if routed else "")
+    return _judged(errors, merged, problem, _ROUTED if routed else "", facts)
 
 
 def _reloaded(
@@ -362,6 +365,12 @@ def _reloaded(
 
 def _require_mergeable(subject: Subject) -> None:
     model: Any = subject.model
+    blocks = four_bit_modules(model)
+    if blocks:
+        raise NotApplicable(
+            f"{len(blocks)} modules, {blocks[0]} the first, are held in 4-bit blocks: merged, they "
+            "are quantised again, which is not rounding; merge into a base in a wider format"
+        )
     config = model.peft_config[ADAPTER_NAME]
     if config.is_prompt_learning or not hasattr(model.base_model, "merge_and_unload"):
         raise NotApplicable(
@@ -496,12 +505,16 @@ class Errors:
 
 
 def _judged(
-    errors: Errors | None, merged: torch.Tensor, problem: Problem | None, note: str
+    errors: Errors | None,
+    merged: torch.Tensor,
+    problem: Problem | None,
+    note: str,
+    facts: Mapping[str, Json],
 ) -> Measurement:
     notes = [note] if note else []
-    details: dict[str, Json] = {}
+    details: dict[str, Json] = {FACTS: facts}
     if errors is not None:
-        details = {"rms_merged": errors.merged, "rms_unmerged": errors.unmerged,
+        details |= {"rms_merged": errors.merged, "rms_unmerged": errors.unmerged,
                    "rms_floor": errors.floor, "ratio": errors.ratio}  # fmt: skip
         if max(errors.merged, errors.unmerged) <= errors.floor:
             notes.append("both models are as close to the reference as their format allows")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_lora.adapter import lora_modules
+from pytest_lora.checks.four_bit import readable
 from pytest_lora.errors import CannotRun, NotApplicable, UsageError
 from pytest_lora.loading import read_tensor
 from pytest_lora.numerics.spectrum import Spectrum, intruders, low_rank_spectrum, relative_norm
@@ -135,7 +136,7 @@ def _look(
     if weights is None or base is None:
         found.updates.append(_Update(module, spectrum))
         return
-    weight = weights.get(f"{module.name}.weight")
+    weight = readable(f"{module.name}.weight", weights)
     doubt = _doubt(weight, factors)
     if weight is None or doubt:
         found.notes.append(f"{module.name}: its weight is {doubt}, so nothing relative to it")

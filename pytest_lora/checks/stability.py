@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_lora.baseline import FACTS, digest_of
 from pytest_lora.errors import CannotRun, NotApplicable, UsageError
 from pytest_lora.numerics.rounding import unit
 from pytest_lora.probe import output_of
@@ -148,7 +149,13 @@ def measure_dtype_stability(
         subject.release()
         if base.dtype != native:
             base.reload()
-    return _measurement(found, bounds, notes, in_nats)
+    return _measurement(
+        found,
+        bounds,
+        notes,
+        in_nats,
+        {"windows": digest_of([window.tolist() for window in windows])},
+    )
 
 
 def _measurement(
@@ -156,6 +163,7 @@ def _measurement(
     bounds: Mapping[torch.dtype, float],
     notes: list[str],
     in_nats: bool,
+    facts: Mapping[str, Json],
 ) -> Measurement:
     reference = found[REFERENCE]
     table: dict[str, Json] = {"float32": {"drift": reference.drift}}
@@ -180,7 +188,7 @@ def _measurement(
         unit="nats per token" if in_nats else "times the rounding bound",
         count=len(reference.base.losses),
         where=_where(worst, found, reference),
-        details={"formats": table, "notes": notes},
+        details={"formats": table, FACTS: facts, "notes": notes},
     )
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_lora.baseline import FACTS
+from pytest_lora.checks.four_bit import block_format
 from pytest_lora.checks.merge_layers import (
     LowRankLayer,
     NotMergeable,
@@ -26,25 +28,27 @@ from pytest_lora.checks.merge_layers import (
     is_token_layer,
     merge,
     mergeable_layers,
+    quantisation_of,
     unmerge,
 )
 from pytest_lora.checks.merge_outputs import attribute
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
 from pytest_lora.numerics.fingerprint import locate_difference
+from pytest_lora.numerics.four_bit import judge_requantised
 from pytest_lora.numerics.merge_bound import (
     WeightError,
     judge_cycle,
     judge_sum_cycle,
     measure_drift,
 )
+from pytest_lora.numerics.precision import accurate_products
 from pytest_lora.numerics.rounding import precision, unit
-from pytest_lora.numerics.streaming import accurate_products
 from pytest_lora.records import Json, Measurement, Problem
 from pytest_lora.structure import on_clones
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pytest_lora.subject import Subject
 
@@ -153,7 +157,8 @@ def measure_unmerge_restoration(
         except NotMergeable as error:
             raise NotApplicable(f"PEFT does not unmerge this adapter: {error}") from None
     verdicts.sort(key=lambda item: item.value, reverse=True)
-    return _restoration(verdicts, cycles, notes)
+    facts = {"cycles": cycles, "safe_merge": safe_merge}
+    return _restoration(verdicts, cycles, notes, facts)
 
 
 class _Cycles:
@@ -167,6 +172,7 @@ class _Cycles:
             describe(layer, adapters[0], safe_merge=safe_merge) if single else None
         )
         self.start = base_tensors(layer)
+        self._merged: torch.Tensor | None = None
         self.verdict = _Verdict(name)
 
     def run(self, cycles: int) -> _Verdict:
@@ -176,7 +182,7 @@ class _Cycles:
                 sizes = self._merge(before)
                 if not sizes or not self._unmerge():
                     break
-                now = {name: attribute(self._base, name) for name in before}
+                now = self._tensors()
                 if not self._judge(before, now, sizes):
                     break
                 # PEFT writes the next cycle into the same memory.
@@ -187,12 +193,19 @@ class _Cycles:
     def _base(self) -> Any:
         return self.layer.get_base_layer()
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        if self.known and self.known.four_bit:
+            return base_tensors(self.layer)
+        return {name: attribute(self._base, name) for name in self.start}
+
     def _merge(self, before: dict[str, torch.Tensor]) -> dict[str, float]:
         """Merge; returns the merged tensors' norms, none if it failed."""
         failure = self._call(lambda: merge(self.layer, safe_merge=self.safe_merge))
         if failure:
             self.verdict.worst(math.inf, self.name, f"the merge failed: {failure}")
             return {}
+        if self.known and self.known.four_bit:
+            self._merged = base_tensors(self.layer)["weight"]
         if self.known:
             return dict.fromkeys(before, 0.0)  # not needed: every element has its own bound
         return {name: float(attribute(self._base, name).double().norm()) for name in before}
@@ -220,6 +233,10 @@ class _Cycles:
         drift = _Drift()
         for name, old in before.items():
             new, where = now[name], f"{self.name}.{name}"
+            if self.known and self.known.four_bit and name == "weight":
+                self._judge_four_bit(where, new)
+                drift.add(self.start[name], new.to(self.start[name].dtype))
+                continue
             if (old.dtype, old.shape) != (new.dtype, new.shape):
                 text = f"comes back as {as_text(new)}, was {as_text(old)}"
                 self.verdict.worst(math.inf, where, text)
@@ -243,6 +260,14 @@ class _Cycles:
             self._judge_untouched(where, old, new)
         else:
             self._judge_norm(where, old, new, size)
+
+    def _judge_four_bit(self, where: str, new: torch.Tensor) -> None:
+        """The way back alone: the merged weight less the delta, quantised again."""
+        assert self.known is not None
+        assert self._merged is not None
+        back = replace(self.known.update, scaling=-self.known.update.scaling)
+        error = judge_requantised(self._merged, new, back, block_format(self._base.weight))
+        self._take(where, error, error.index or ())
 
     def _take(self, where: str, error: WeightError, index: tuple[int, ...]) -> None:
         cycle = len(self.verdict.drifts) + 1
@@ -274,6 +299,14 @@ def _growth_notes(
 ) -> Iterator[str]:
     """Tell an error that stays from one that grows with every cycle, and what helps."""
     total = _total(verdicts, cycles)
+    if total and any(quantisation_of(layer) for layer in layers.values()):
+        share = total[-1].changed / max(total[-1].elements, 1)
+        yield (
+            f"the base does not come back: unmerging quantises it again, after which {share:.1%} "
+            f"of the weights differ, by {total[-1].rms:.3g} (root mean square). Load the base "
+            "weights again rather than unmerge"
+        )
+        return
     half = any(_is_half(layer) for layer in layers.values())  # in wider formats it is immaterial
     if not half or len(total) < 2 or not all(a.rms < b.rms for a, b in itertools.pairwise(total)):
         return
@@ -297,7 +330,9 @@ def _steps(drifts: list[_Drift]) -> str:
     return ", ".join(f"{drift.rms:.3g}" for drift in drifts) or "failed"
 
 
-def _restoration(verdicts: list[_Verdict], cycles: int, notes: list[str]) -> Measurement:
+def _restoration(
+    verdicts: list[_Verdict], cycles: int, notes: list[str], facts: Mapping[str, Json]
+) -> Measurement:
     worst = verdicts[0]
     outside = [item for item in verdicts if not item.value <= 1]
     return Measurement(
@@ -309,6 +344,7 @@ def _restoration(verdicts: list[_Verdict], cycles: int, notes: list[str]) -> Mea
             "problems": [item.problem().to_dict() for item in outside[:_LISTED]],
             "notes": notes,
             "cycles": cycles,
+            FACTS: facts,
             "total": [item.to_dict(i) for i, item in enumerate(_total(verdicts, cycles), 1)],
             "layers": [item.to_dict() for item in verdicts[:_LISTED]],
         },

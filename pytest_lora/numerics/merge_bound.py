@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LowRankUpdate",
     "WeightError",
+    "evaluate",
     "judge_cycle",
     "judge_merge",
     "judge_sum",
@@ -196,7 +197,7 @@ def judge_cycle(before: torch.Tensor, after: torch.Tensor, update: LowRankUpdate
             part = _judge_unequal(tile, _unequal(tile.new, tile.old), _returned)
         elif changed:
             dora = _Dora.of(tile)
-            part = _evaluate(_dora_returned(tile.old, dora), tile.new, dora.merged.mid)
+            part = evaluate(_dora_returned(tile.old, dora), tile.new, dora.merged.mid)
         part = replace(part, elements=tile.old.numel(), changed=changed)
         total = total.joined(tile.placed(part))
     return total
@@ -209,7 +210,7 @@ def judge_sum(
 
     For biases and for whole deltas; every element is evaluated.
     """
-    error = _evaluate(_sum(before, delta, dtype, after.dtype), after, before.double())
+    error = evaluate(_sum(before, delta, dtype, after.dtype), after, before.double())
     noise = after.double() - before.double() - delta.mid
     return replace(
         error,
@@ -223,7 +224,7 @@ def judge_sum_cycle(
     before: torch.Tensor, after: torch.Tensor, delta: Ball, dtype: torch.dtype
 ) -> WeightError:
     """Judge ``after``, to which ``delta`` was added and subtracted again, against ``before``."""
-    error = _evaluate(
+    error = evaluate(
         _returned(before, delta, dtype, after.dtype), after, before.double() + delta.mid
     )
     return replace(error, changed=_count_unequal(after, before))
@@ -326,7 +327,7 @@ def _judge_plain_tile(tile: _Tile) -> WeightError:
     # One row as a sample, so that the worst error is a real number also where all bits agree.
     sample = update.delta_ball(slice(tile.rows.start, tile.rows.start + 1), tile.columns)
     ball = _sum(tile.old[:1], sample, update.dtype, tile.new.dtype)
-    part = _evaluate(ball, tile.new[:1], tile.old[:1].double())
+    part = evaluate(ball, tile.new[:1], tile.old[:1].double())
     # What is outside there differs as well, and is counted as such.
     total = tally.joined(replace(part, outside=0, elements=0))
     infinite = not math.isfinite(tally.noise)  # shared by the recomputation, perhaps
@@ -349,18 +350,18 @@ def _judge_unequal(
     if int(unequal.sum()) > _MANY * unequal.numel():
         delta = update.delta_ball(tile.rows, tile.columns)
         ball = bound(old, delta, update.dtype, new.dtype)
-        return _evaluate(ball, new, old.double() + delta.mid)
+        return evaluate(ball, new, old.double() + delta.mid)
     i, j = unequal.nonzero(as_tuple=True)
     delta = update.delta_ball(tile.rows, tile.columns, at=(i, j))
     old, new = old[i, j], new[i, j]
     ball = bound(old, delta, update.dtype, new.dtype)
-    part = _evaluate(ball, new, old.double() + delta.mid)
+    part = evaluate(ball, new, old.double() + delta.mid)
     if part.index is None:
         return part
     return replace(part, index=(int(i[part.index[0]]), int(j[part.index[0]])))
 
 
-def _evaluate(ball: Ball, value: torch.Tensor, beside: torch.Tensor) -> WeightError:
+def evaluate(ball: Ball, value: torch.Tensor, beside: torch.Tensor) -> WeightError:
     """Compare ``value`` with every element of ``ball``.
 
     The ulps are those of the ball's centre or of ``beside``, whichever is larger.
@@ -448,7 +449,7 @@ def _judge_dora_block(tile: _Tile) -> WeightError:
     old = tile.old.double()
     exact = dora.factor.mid * dora.total.mid
     return replace(
-        _evaluate(_to(dora.merged, dora.widest, tile.new.dtype), tile.new, old),
+        evaluate(_to(dora.merged, dora.widest, tile.new.dtype), tile.new, old),
         changed=_count_unequal(tile.new, tile.old),
         noise=_square_sum(tile.new.double() - exact),
         effect=_square_sum(exact - old),

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["accurate_products", "computing_in", "intercepted", "widened"]
+__all__ = ["computing_in", "intercepted", "widened"]
 
 
 @contextlib.contextmanager
@@ -78,32 +78,6 @@ def computing_in(
 
     with intercepted(units, make):
         yield
-
-
-@contextlib.contextmanager
-def accurate_products() -> Iterator[None]:
-    """No TF32 and no reduced-precision sums in matrix products and convolutions for a while.
-
-    The rounding analysis assumes sums in float32 or better, which is what these switches give up.
-    """
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    switches = (
-        (matmul, "allow_tf32"),
-        (matmul, "allow_fp16_reduced_precision_reduction"),
-        (matmul, "allow_bf16_reduced_precision_reduction"),
-        (cudnn, "allow_tf32"),
-    )
-    before = [(place, name, getattr(place, name)) for place, name in switches]
-    try:
-        for place, name, _ in before:
-            setattr(place, name, False)
-        yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
 
 
 def _units(

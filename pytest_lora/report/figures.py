@@ -9,25 +9,40 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from pytest_lora.records import Json, Measurement
-from pytest_lora.report.charts import heat_table, line_chart
+from pytest_lora.records import Bound, Json, Measurement
+from pytest_lora.report.charts import (
+    Bins,
+    Look,
+    heat_table,
+    histogram,
+    interval_chart,
+    line_chart,
+    memory_chart,
+)
 from pytest_lora.report.markup import Markup
+from pytest_lora.report.modules import as_number, module_maps, split_module
+from pytest_lora.report.text import clean, number
 
-__all__ = ["figures"]
+__all__ = ["figures", "readings"]
 
 _MOST_ROWS = 32
 _MOST_MAPS = 3
-# Sizes of things: they differ by module without saying anything about it.
-_SIZES = frozenset({"elements", "outside"})
 _INDEX = ("step", "cycle")
-_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+# What people can read, in lists of objects: documents by their excerpt, items by their prompt.
+_TEXTS = ("excerpt", "prompt")
+_DEEPEST = 4
+_MOST_DRAWN = 12
 
 
-def figures(measurement: Measurement) -> Iterator[Markup]:
-    """The pictures of one measurement, in the order of its details."""
-    details = measurement.details
+def figures(measurement: Measurement, bound: Bound | None = None) -> Iterator[Markup]:
+    """The pictures of one measurement, in the order of its details; ``bound`` is drawn in them."""
+    drawn = (*_by_module(measurement.details), *_anywhere(measurement, bound))
+    yield from drawn[:_MOST_DRAWN]
+
+
+def _by_module(details: Mapping[str, Json]) -> Iterator[Markup]:
     for key, value in details.items():
-        maps = _module_maps(value)
+        maps = module_maps(value)
         # A list names the worst modules only; where all are told, that is the better picture.
         better = [name for name in maps if isinstance(details.get(name), Mapping)]
         for name in [name for name in maps if name not in better][:_MOST_MAPS]:
@@ -45,61 +60,9 @@ def _title(key: str, name: str) -> str:
 # ------------------------------------------------------------------------------ numbers by module
 
 
-def _module_maps(value: Json) -> dict[str, dict[str, float]]:
-    """``{name: {module: number}}`` for everything in ``value`` that is a number per module.
-
-    Either a list of objects with a key ``module``, or an object whose keys are modules; the name is
-    empty where there is only one number.  Numbers that are the same everywhere show nothing.
-    """
-    rows = dict(_rows_by_module(value))
-    if len(rows) < 2 or not any(_split(name)[1] for name in rows):
-        return {}
-    names = dict.fromkeys(name for row in rows.values() for name in row if name not in _SIZES)
-    maps = {name: {m: row[name] for m, row in rows.items() if name in row} for name in names}
-    return {name: found for name, found in maps.items() if len(set(map(repr, found.values()))) > 1}
-
-
-def _rows_by_module(value: Json) -> Iterator[tuple[str, dict[str, float]]]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield name, _numbers(item if isinstance(item, Mapping) else {"": item})
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            if isinstance(item, Mapping) and isinstance(item.get("module"), str):
-                yield str(item["module"]), _numbers(item)
-
-
-def _numbers(row: Mapping[str, Json]) -> dict[str, float]:
-    found = ((name, _number(item)) for name, item in row.items())
-    return {name: item for name, item in found if item is not None}
-
-
-def _number(value: Json) -> float | None:
-    if isinstance(value, str):
-        return _WORDS.get(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _split(module: str) -> tuple[str, str, str]:
-    """``("model.layers", "0", "self_attn.q_proj")``: around the first number in a module's path."""
-    parts = module.split(".")
-    if all(part.isdecimal() for part in parts):
-        return module, "", ""  # "2.0", the scaling, is no module
-    for place, part in enumerate(parts):
-        if part.isdecimal() and part.isascii():
-            rest = ["*" if p.isdecimal() else p for p in parts[place + 1 :]]
-            return ".".join(parts[:place]), part, ".".join(rest)
-    return module, "", ""
-
-
 def _heat_map(title: str, numbers: Mapping[str, float]) -> Markup | None:
     """Layers down, kinds of modules across; of several modules in one cell, the largest number."""
-    placed = {module: _split(module) for module in numbers}
+    placed = {module: split_module(module) for module in numbers}
     prefixes = {prefix for prefix, layer, _ in placed.values() if layer}
     cells: dict[tuple[str, str], list[float]] = {}
     for module, (prefix, layer, rest) in placed.items():
@@ -138,11 +101,11 @@ def _series(key: str, value: Json) -> Iterator[Markup]:
     index = next((name for name in _INDEX if rows and all(name in row for row in rows)), None)
     if index is None or len(rows) < 2 or len(rows) != len(value):
         return
-    xs = [_or_nan(row[index]) for row in rows]
+    xs = [_or(row[index], math.nan) for row in rows]
     for name in rows[0]:
-        if name == index or _number(rows[0][name]) is None:
+        if name == index or as_number(rows[0][name]) is None:
             continue
-        ys = [_or_nan(row.get(name)) for row in rows]
+        ys = [_or(row.get(name), math.nan) for row in rows]
         label = name.replace("_", " ")
         drawn = line_chart(
             f"{key}: {label}".replace("_", " "), xs, {label: ys}, x_label=index, y_label=label
@@ -151,6 +114,125 @@ def _series(key: str, value: Json) -> Iterator[Markup]:
             yield drawn
 
 
-def _or_nan(value: Json) -> float:
-    found = _number(value)
-    return math.nan if found is None else found
+# ------------------------------------------------------------------- what may lie anywhere in them
+
+
+def readings(measurement: Measurement) -> Iterator[tuple[str, Sequence[Mapping[str, Json]]]]:
+    """Lists of documents or answers in the details, each with its name: the evidence in words."""
+    for trail, value in _walk(measurement.details):
+        rows = _objects(value)
+        if rows and all(any(name in row for name in _TEXTS) for row in rows):
+            yield _spoken(trail), rows
+
+
+def _walk(value: Json, trail: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Json]]:
+    """Everything in the details by the keys that lead there."""
+    if trail:
+        yield trail, value
+    if isinstance(value, Mapping) and len(trail) < _DEEPEST:
+        for key, item in value.items():
+            yield from _walk(item, (*trail, key))
+
+
+def _objects(value: Json) -> list[Mapping[str, Json]]:
+    """``value`` where it is a list of objects and nothing else; empty where not."""
+    rows = [item for item in _items(value) if isinstance(item, Mapping)]
+    return rows if len(rows) == len(_items(value)) else []
+
+
+def _spoken(trail: Sequence[str]) -> str:
+    return clean(": ".join(trail).replace("_", " "))
+
+
+def _anywhere(measurement: Measurement, bound: Bound | None) -> Iterator[Markup]:
+    limits = _limits(bound)
+    for trail, value in _walk(measurement.details):
+        drawn = (
+            _path(trail, value, limits, clean(measurement.unit))
+            or _distribution(trail, value, limits, clean(measurement.unit))
+            or _memory(trail, value)
+        )
+        if drawn is not None:
+            yield drawn
+
+
+def _limits(bound: Bound | None) -> dict[str, float]:
+    if bound is None:
+        return {}
+    limits = {"at least": bound.low, "at most": bound.high}
+    return {f"{word} {number(at)}": at for word, at in limits.items() if at is not None}
+
+
+def _path(
+    trail: Sequence[str], value: Json, limits: Mapping[str, float], unit: str
+) -> Markup | None:
+    """How a sequential verdict came about: rows of ``used``, ``estimate``, ``low``, ``high``."""
+    rows = _objects(value)
+    if not rows or not all("used" in row and "estimate" in row for row in rows):
+        return None
+    looks = [
+        Look(
+            _count(row["used"]),
+            _or(row["estimate"], math.nan),
+            _or(row.get("low"), -math.inf),
+            _or(row.get("high"), math.inf),
+        )
+        for row in rows
+    ]
+    title = f"How the verdict came about: {_spoken(trail[:-1])}".removesuffix(": ")
+    return interval_chart(title, looks, x_label="items seen", y_label=unit, limits=limits)
+
+
+def _distribution(
+    trail: Sequence[str], value: Json, limits: Mapping[str, float], unit: str
+) -> Markup | None:
+    """Counts in bins of one width between ``least`` and ``most``."""
+    if not isinstance(value, Mapping) or not {"least", "most", "counts"} <= value.keys():
+        return None
+    counts = [_count(count) for count in _items(value["counts"])]
+    least, most = _or(value["least"], math.nan), _or(value["most"], math.nan)
+    if not counts or not -math.inf < least < most < math.inf or min(counts) < 0:
+        return None
+    share = [i / len(counts) for i in range(len(counts) + 1)]
+    edges = [least * (1 - part) + most * part for part in share]
+    title = f"How documents differ: {_spoken(trail[:-1])}".removesuffix(": ")
+    return histogram(title, Bins(edges, counts), x_label=unit, y_label="documents", limits=limits)
+
+
+def _memory(trail: Sequence[str], value: Json) -> Markup | None:
+    """Bytes of each of the ``categories`` in ``columns``, so many of them in each of ``phases``."""
+    if not isinstance(value, Mapping) or not {"categories", "columns", "phases"} <= value.keys():
+        return None
+    names = [clean(str(name)) for name in _items(value["categories"])]
+    heights = [_list(column) for column in _items(value["columns"])]
+    if not all(len(column) == len(names) and _are_sizes(column) for column in heights):
+        return None
+    parts = [(clean(str(name)), _count(count)) for name, count in _pairs(value["phases"])]
+    return memory_chart(f"Memory: {_spoken(trail[:-1])}".removesuffix(": "), names, heights, parts)
+
+
+def _are_sizes(numbers: Iterable[float]) -> bool:
+    return all(math.isfinite(value) and value >= 0 for value in numbers)
+
+
+def _pairs(value: Json) -> list[tuple[Json, Json]]:
+    pairs = [_items(item) for item in _items(value)]
+    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+
+
+def _list(value: Json) -> list[float]:
+    return [_or(item, math.nan) for item in _items(value)]
+
+
+def _count(value: Json) -> int:
+    found = _or(value, 0.0)
+    return int(found) if math.isfinite(found) else 0
+
+
+def _items(value: Json) -> Sequence[Json]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+
+
+def _or(value: Json, otherwise: float) -> float:
+    found = as_number(value)
+    return otherwise if found is None else found

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
+from pytest_lora.atomic import write_whole
 from pytest_lora.errors import UsageError
 from pytest_lora.records import CheckResult, Json
-from pytest_lora.report.files import write_whole
 from pytest_lora.report.markdown import COMMENT_LIMIT, SUMMARY_LIMIT, markdown_report
 
-__all__ = ["COMMENT_MARK", "Annotation", "append_summary", "workflow_command", "write_comment"]
+__all__ = [
+    "COMMENT_MARK",
+    "Annotation",
+    "append_summary",
+    "comment_mark",
+    "comment_text",
+    "workflow_command",
+    "write_comment",
+]
 
 COMMENT_MARK = "<!-- pytest-lora -->"
-"""First line of a comment, by which the next run finds the one to replace."""
+"""First line of a comment, by which the next run finds the one to replace; of a report without a
+name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +64,27 @@ def write_comment(
     path: Path, results: Sequence[CheckResult], environment: Mapping[str, Json]
 ) -> None:
     """Write the text of a comment in one step; raises UsageError where that cannot be done."""
-    room = COMMENT_LIMIT - len(COMMENT_MARK) - 1
-    write_whole(path, f"{COMMENT_MARK}\n{markdown_report(results, environment, limit=room)}")
+    write_whole(path, comment_text(results, environment))
+
+
+def comment_mark(name: str) -> str:
+    """The mark for the report ``name``: each report has a comment of its own."""
+    return f"<!-- pytest-lora {quote(name, safe='')} -->" if name else COMMENT_MARK
+
+
+def comment_text(
+    results: Sequence[CheckResult],
+    environment: Mapping[str, Json],
+    *,
+    name: str = "",
+    note: str = "",
+) -> str:
+    """The text of the comment of the report ``name``, within GitHub's limit.
+
+    ``note``, in Markdown, is a paragraph of its own before the verdict.
+    """
+    head = f"{comment_mark(name)}\n" + (f"{note}\n\n" if note else "")
+    return head + markdown_report(results, environment, limit=COMMENT_LIMIT - len(head))
 
 
 def workflow_command(annotation: Annotation) -> str:

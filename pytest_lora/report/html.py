@@ -8,18 +8,38 @@ every request.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from importlib import resources
 
 from pytest_lora.catalog import find_check
 from pytest_lora.records import CheckResult, Json, Measurement, Outcome
 from pytest_lora.report.charts import Point, plane
-from pytest_lora.report.figures import figures
+from pytest_lora.report.figures import figures, readings
 from pytest_lora.report.markup import Child, Markup, join, tag
-from pytest_lora.report.text import allowed, clean, measured, movable, number, spellings
+from pytest_lora.report.text import allowed, clean, measured, number, to_move
 from pytest_lora.report.verdicts import WORDS, AdapterTable, adapter_tables, headline
 
-__all__ = ["html_report"]
+__all__ = ["SIZE_LIMIT", "html_report"]
+
+SIZE_LIMIT = 1_000_000
+"""Bytes of a page, unless the verdicts alone take more: it has to open at once, and be mailed."""
+
+
+class _Extent(Enum):
+    """How much of the evidence of checks that passed is told; of the others all is."""
+
+    ALL = "all"
+    PICTURES = "pictures"
+    WORDS = "words"
+
+
+_LEFT_OUT = {
+    _Extent.ALL: None,
+    _Extent.PICTURES: "The numbers of checks that passed are in the JSON report.",
+    _Extent.WORDS: "Pictures and numbers of checks that passed are in the JSON report.",
+}
 
 _SYMBOLS = {
     Outcome.PASSED: "✓",
@@ -28,6 +48,13 @@ _SYMBOLS = {
     Outcome.INCONCLUSIVE: "?",
     Outcome.ERROR: "!",
 }
+_STATES = {
+    Outcome.FAILED: "failed",
+    Outcome.ERROR: "broke",
+    Outcome.INCONCLUSIVE: "inconclusive",
+    Outcome.PASSED: "passed",
+    Outcome.SKIPPED: "skipped",
+}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _MOST_ROWS = 20
 _LONGEST = 2000
@@ -35,14 +62,23 @@ _OWN_PLACE = frozenset({"problems", "notes"})
 
 
 def html_report(results: Sequence[CheckResult], environment: Mapping[str, Json]) -> str:
-    """The whole page.
+    """The whole page, with as much evidence as :data:`SIZE_LIMIT` has room for.
 
     Args:
         results: in the order they are to be shown.
         environment: as :func:`pytest_lora.report.json_report.build_report` takes it.
     """
+    pages = (_page(results, environment, extent) for extent in _Extent)
+    # The last has the least; a page larger than the limit is better than none.
+    for page in pages:
+        if len(page.encode()) <= SIZE_LIMIT:
+            break
+    return page
+
+
+def _page(results: Sequence[CheckResult], environment: Mapping[str, Json], extent: _Extent) -> str:
     tables = adapter_tables(results, _table_of(environment, "adapters"))
-    tables.sort(key=lambda table: not table.troubles)
+    tables.sort(key=lambda table: list(_STATES).index(table.outcome))
     numbers = {id(row): i for i, row in enumerate(row for table in tables for row in table.rows)}
     page = tag(
         "html",
@@ -50,13 +86,13 @@ def html_report(results: Sequence[CheckResult], environment: Mapping[str, Json])
         tag(
             "body",
             tag("a", "Skip to the results", href="#results", class_="skip"),
-            tag("header", _verdict(tables)),
+            tag("header", _verdict(tables, numbers)),
             tag(
                 "main",
-                _matrix(tables, numbers),
-                _plane(tables),
-                *(_section(i, table, numbers) for i, table in enumerate(tables)),
+                _overview(tables, numbers),
+                *(_section(i, table, numbers, extent) for i, table in enumerate(tables)),
                 _provenance(environment),
+                tag("p", _LEFT_OUT[extent], class_="about") if tables else None,
                 id="results",
             ),
         ),
@@ -81,25 +117,49 @@ def _head(title: str) -> Markup:
 # ---------------------------------------------------------------------------------- the first look
 
 
-def _verdict(tables: Sequence[AdapterTable]) -> Markup:
+def _verdict(tables: Sequence[AdapterTable], numbers: Mapping[int, int]) -> Markup:
     worst = next((table.outcome for table in tables), Outcome.SKIPPED)
     troubles = [
         tag(
-            "p",
+            "li",
             _badge(row.outcome),
-            f" {clean(row.check)} of {clean(table.adapter)}",
+            " ",
+            tag("a", clean(row.label), href=f"#r{numbers[id(row)]}"),
+            f" of {clean(table.adapter)}",
             f": {measured(row.measurement, row.bound)}" if row.measurement else None,
+            tag("span", f", and {more} more of its checks", class_="about") if more else None,
         )
         for table in tables
         for row in table.troubles[:1]
+        for more in [len(table.troubles) - 1]
     ]
     return tag(
         "div",
         tag("h1", f"LoRA: {headline(tables)}"),
-        *troubles,
+        tag("ul", *troubles) if troubles else None,
+        _counts(tables),
         class_=f"verdict {worst.value}",
-        role="status",
     )
+
+
+def _counts(tables: Sequence[AdapterTable]) -> Markup | None:
+    """How many checks ended how, and what they took."""
+    if not tables:
+        return None
+    rows = [row for table in tables for row in table.rows]
+    counted = [(_STATES[o], str(sum(row.outcome is o for row in rows)), o) for o in _STATES]
+    seconds = f"{sum(row.seconds for row in rows):,.1f} s"
+    shown = [
+        ("adapters", str(len(tables)), None),
+        ("checks", str(len(rows)), None),
+        *(entry for entry in counted if entry[1] != "0"),
+        ("measuring took", seconds, None),
+    ]
+    tiles = (
+        tag("div", tag("dt", name), tag("dd", count, class_=outcome.value if outcome else None))
+        for name, count, outcome in shown
+    )
+    return tag("dl", *tiles, class_="counts")
 
 
 def _badge(outcome: Outcome) -> Markup:
@@ -109,6 +169,16 @@ def _badge(outcome: Outcome) -> Markup:
         f" {WORDS[outcome]}",
         class_=f"badge {outcome.value}",
     )
+
+
+def _overview(tables: Sequence[AdapterTable], numbers: Mapping[int, int]) -> Markup | None:
+    """All adapters at once; what there is to compare."""
+    matrix, planes = _matrix(tables, numbers), [drawn for drawn in _planes(tables) if drawn]
+    if matrix is None and not planes:
+        return None
+    drawn = tag("div", *planes, class_="figures") if planes else None
+    head = tag("h2", "Overview", id="overview")
+    return tag("section", head, matrix, drawn, aria_labelledby="overview")
 
 
 def _matrix(tables: Sequence[AdapterTable], numbers: Mapping[int, int]) -> Markup | None:
@@ -124,20 +194,14 @@ def _matrix(tables: Sequence[AdapterTable], numbers: Mapping[int, int]) -> Marku
         name = tag("a", clean(table.adapter), href=f"#a{i}")
         cells = [_sign(rows.get(check), numbers) for check in checks]
         body.append(tag("tr", tag("th", name, scope="row"), *cells))
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("caption", "Every adapter and check"),
-            tag("thead", head),
-            tag("tbody", *body),
-            class_="matrix",
-        ),
-        class_="scroll",
-        tabindex="0",
-        role="region",
-        aria_label="Every adapter and check",
-    )
+    caption = "Every adapter and check"
+    parts = (tag("caption", caption), tag("thead", head), tag("tbody", *body))
+    return _scrolled(caption, tag("table", *parts, class_="matrix"))
+
+
+def _scrolled(label: str, *children: Child) -> Markup:
+    """What may be wider than the window, to be scrolled by keyboard too."""
+    return tag("div", *children, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
 def _column(name: str) -> Markup:
@@ -153,24 +217,38 @@ def _sign(row: CheckResult | None, numbers: Mapping[int, int]) -> Markup:
     return tag("td", link, class_=row.outcome.value)
 
 
-def _plane(tables: Sequence[AdapterTable]) -> Markup | None:
-    """What each adapter forgot against what it learned, where both were measured."""
+def _planes(tables: Sequence[AdapterTable]) -> Iterator[Markup | None]:
+    """What each adapter forgot against what it learned; accuracies and gains do not share axes."""
+    learned = [row for table in tables for row in _measured(table, "task_accuracy")]
+    units = dict.fromkeys(row.measurement.unit for row in learned if row.measurement)
+    for unit in units:
+        yield _plane(tables, unit)
+
+
+def _plane(tables: Sequence[AdapterTable], unit: str) -> Markup | None:
     points, x_limits, y_limits = [], set(), set()
     for table in tables:
-        forgot, learned = _measured(table, "perplexity_drift"), _measured(table, "task_accuracy")
+        forgot = _measured(table, "perplexity_drift")
+        learned = [
+            row
+            for row in _measured(table, "task_accuracy")
+            if row.measurement is not None and row.measurement.unit == unit
+        ]
         if not forgot or not learned:
             continue
         # Of several domains and tasks the worst, as everywhere.
         worst = max(forgot, key=lambda row: _interval(row)[1])
         least = min(learned, key=lambda row: _interval(row)[1])
-        points.append(Point(clean(table.adapter), _interval(worst), _interval(least)))
+        bad = not worst.outcome == least.outcome == Outcome.PASSED
+        name = clean(table.adapter).rpartition("/")[2]
+        points.append(Point(name, _interval(worst), _interval(least), bad))
         x_limits |= _limits(worst)
         y_limits |= _limits(least)
     return plane(
-        "Learned and forgotten: above and to the left is better",
+        f"Learned and forgotten, {clean(unit)}: better is above and to the left",
         points,
-        x_label="perplexity_drift, nats per token",
-        y_label="task_accuracy",
+        x_label="forgotten: perplexity_drift, nats per token",
+        y_label="learned: task_accuracy",
         x_limits=sorted(x_limits),
         y_limits=sorted(y_limits),
     )
@@ -196,34 +274,54 @@ def _limits(row: CheckResult) -> set[float]:
 # ------------------------------------------------------------------------------------- one adapter
 
 
-def _section(index: int, table: AdapterTable, numbers: Mapping[int, int]) -> Markup:
-    head = tag("tr", *map(_column, ("check", "verdict", "measured", "allowed", "seconds")))
-    body = [_check_row(row) for row in table.rows]
+def _section(
+    index: int, table: AdapterTable, numbers: Mapping[int, int], extent: _Extent
+) -> Markup:
+    names = ("check", "verdict", "measured", "allowed", "seconds")
+    head = tag("tr", *map(_column, names))
+    body = [_check_row(row, numbers[id(row)]) for row in table.rows]
     return tag(
         "section",
-        tag("h2", clean(table.adapter), " ", _badge(table.outcome), id=f"a{index}"),
-        tag("p", clean(table.about), class_="about") if table.about else None,
         tag(
             "div",
-            tag("table", tag("thead", head), tag("tbody", *body), class_="wide"),
-            class_="scroll",
+            tag("h2", clean(table.adapter), id=f"a{index}"),
+            _badge(table.outcome),
+            tag("span", clean(table.about), class_="about") if table.about else None,
+            class_="head",
         ),
+        tag("table", tag("thead", head), tag("tbody", *body), class_="wide checks"),
         tag("h3", "Evidence"),
-        *(_evidence(row, f"r{numbers[id(row)]}") for row in table.rows),
+        *(_evidence(row, f"r{numbers[id(row)]}", extent) for row in table.rows),
         aria_labelledby=f"a{index}",
     )
 
 
-def _check_row(row: CheckResult) -> Markup:
+def _check_row(row: CheckResult, place: int) -> Markup:
     found = measured(row.measurement, row.bound) if row.measurement else clean(row.reason)
     return tag(
         "tr",
-        tag("th", clean(row.check), _question(row.check), scope="row"),
+        tag(
+            "th",
+            tag("a", clean(row.label), href=f"#r{place}"),
+            _question(row.check),
+            scope="row",
+        ),
         tag("td", _badge(row.outcome)),
-        tag("td", found),
+        tag("td", found, _meter(row)),
         tag("td", allowed(row.bound) if row.bound else ""),
         tag("td", f"{row.seconds:.2f}"),
     )
+
+
+def _meter(row: CheckResult) -> Markup | None:
+    """How much of an upper bound is used, as a bar; the numbers beside it say the same."""
+    most = row.bound.high if row.bound else None
+    value = row.measurement.value if row.measurement else -1.0
+    if most is None or not 0 < most < math.inf or not 0 <= value < math.inf:
+        return None
+    share = min(value / most, 1.0)
+    bar = tag("span", style=f"--v:{100 * share:.0f}")
+    return tag("span", bar, class_=f"meter {row.outcome.value}", aria_hidden="true")
 
 
 def _question(check: str) -> Markup | None:
@@ -233,11 +331,11 @@ def _question(check: str) -> Markup | None:
         return None
 
 
-def _evidence(row: CheckResult, anchor: str) -> Markup:
+def _evidence(row: CheckResult, anchor: str, extent: _Extent) -> Markup:
     """All that is known about one verdict; opened where something needs attention."""
     trouble = row.outcome in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)
     measurement = row.measurement
-    parts: list[Child] = [tag("summary", clean(row.check), " ", _badge(row.outcome))]
+    parts: list[Child] = [tag("summary", clean(row.label), " ", _badge(row.outcome))]
     parts += [tag("p", text) for text in _sentences(row)]
     if row.advice:
         parts.append(tag("p", f"What to do: {clean(row.advice)}", class_="advice"))
@@ -245,9 +343,21 @@ def _evidence(row: CheckResult, anchor: str) -> Markup:
         parts.append(_problems(measurement))
         if measurement.notes:
             parts.append(tag("ul", *(tag("li", clean(note)) for note in measurement.notes)))
-        parts += figures(measurement)
-        parts.append(_numbers(measurement))
+        if trouble or extent is not _Extent.WORDS:
+            parts += _pictures(row)
+        if trouble or extent is _Extent.ALL:
+            parts.append(_numbers(measurement))
     return tag("details", *parts, id=anchor, open=trouble)
+
+
+def _pictures(row: CheckResult) -> Iterator[Markup]:
+    """What is drawn and what can be read."""
+    assert row.measurement is not None
+    drawn = list(figures(row.measurement, row.bound))
+    if drawn:
+        yield tag("div", *drawn, class_="figures")
+    for name, rows in readings(row.measurement):
+        yield _reading(name, rows)
 
 
 def _sentences(row: CheckResult) -> Iterator[str]:
@@ -258,8 +368,8 @@ def _sentences(row: CheckResult) -> Iterator[str]:
             yield f"Worst: {clean(row.measurement.where)}"
     if row.reason:
         yield clean(row.reason)
-    if row.outcome is Outcome.FAILED and movable(row.check):
-        yield f"To move the bound: {spellings(row.check)}"
+    if place := to_move(row):
+        yield f"To move the bound: {place}"
 
 
 def _problems(measurement: Measurement) -> Markup | None:
@@ -271,8 +381,13 @@ def _problems(measurement: Measurement) -> Markup | None:
         tag("tr", *(tag("td", clean(t)) for t in (p.where, p.found, p.expected, p.fix)))
         for p in problems[:_MOST_ROWS]
     ]
-    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="wide")
-    return tag("div", table, _left_out(len(problems)), class_="scroll")
+    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="wide problems")
+    return join(_scrolled("Problems", table), _left_out(len(problems)))
+
+
+def _reading(name: str, rows: Sequence[Mapping[str, Json]]) -> Markup:
+    """Documents or answers to read, the worst first."""
+    return join(tag("p", tag("strong", f"To read: {name}")), _scrolled(name, _records(rows)))
 
 
 def _left_out(total: int) -> Markup | None:
@@ -288,7 +403,7 @@ def _numbers(measurement: Measurement) -> Markup | None:
     rest = {key: value for key, value in measurement.details.items() if key not in _OWN_PLACE}
     if not rest:
         return None
-    return tag("details", tag("summary", "All numbers"), _value(rest, 0))
+    return tag("details", tag("summary", "All numbers"), _scrolled("Numbers", _value(rest, 0)))
 
 
 def _value(value: Json, depth: int) -> Markup:
@@ -320,7 +435,7 @@ def _records(rows: Sequence[Mapping[str, Json]]) -> Markup:
         for row in rows[:_MOST_ROWS]
     ]
     table = tag("table", tag("thead", head), tag("tbody", *body))
-    return tag("div", table, _left_out(len(rows)), class_="scroll")
+    return join(table, _left_out(len(rows)))
 
 
 def _plain(value: Json) -> str:
@@ -359,18 +474,22 @@ def _pairs(caption: str, pairs: Mapping[str, Json]) -> Markup | None:
         tag("tr", tag("th", clean(key), scope="row"), tag("td", tag("code", _plain(value))))
         for key, value in pairs.items()
     ]
-    return tag("div", tag("table", tag("caption", caption), tag("tbody", *rows)), class_="scroll")
+    return _scrolled(caption, tag("table", tag("caption", caption), tag("tbody", *rows)))
 
 
 def _settings(by_adapter: Mapping[str, Json]) -> Iterator[Markup | None]:
-    head = tag("tr", *map(_column, ("setting", "value", "set by")))
+    """What is not at its default: one table for all adapters that have it alike."""
+    alike: dict[str, list[str]] = {}
     for adapter, settings in by_adapter.items():
-        if not isinstance(settings, Mapping) or not settings:
-            continue
-        rows = [_setting(name, item) for name, item in settings.items()]
-        caption = tag("caption", f"Settings of {clean(adapter)} that are not at their default")
-        table = tag("table", caption, tag("thead", head), tag("tbody", *rows))
-        yield tag("div", table, class_="scroll")
+        if isinstance(settings, Mapping) and settings:
+            alike.setdefault(json.dumps(settings), []).append(clean(adapter))
+    head = tag("tr", *map(_column, ("setting", "value", "set by")))
+    for text, names in alike.items():
+        rows = [_setting(name, item) for name, item in json.loads(text).items()]
+        whose = "all adapters" if len(names) == len(by_adapter) > 1 else ", ".join(names)
+        caption = f"Settings of {whose} that are not at their default"
+        parts = (tag("caption", caption), tag("thead", head), tag("tbody", *rows))
+        yield _scrolled(caption, tag("table", *parts))
 
 
 def _setting(name: str, item: Json) -> Markup:

@@ -8,9 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pytest_lora.atomic import write_whole
 from pytest_lora.errors import UsageError
 from pytest_lora.records import CheckResult, Json
-from pytest_lora.report.files import write_whole
 
 __all__ = [
     "SCHEMA_ID",
@@ -36,9 +36,17 @@ def build_report(
     }
 
 
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
+"""Those that JSON does not escape by itself."""
+
+
 def json_text(report: Mapping[str, Json]) -> str:
-    """The file's text: the same report is always the same text, so that diffs are small."""
-    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """The file's text: the same report is always the same text, so that diffs are small.
+
+    Letters are left readable; control characters, which a terminal would obey, are escaped all.
+    """
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.translate(_CONTROLS)
 
 
 def write_report(path: Path, report: Mapping[str, Json]) -> None:
@@ -58,7 +66,9 @@ def load_report(path: Path) -> tuple[Mapping[str, Any], Sequence[CheckResult]]:
         if data["schema"] != SCHEMA_ID:
             raise UsageError(f"{path}: found schema {data['schema']!r}, expected {SCHEMA_ID!r}")
         environment = data.get("environment", {})
-        return dict(environment), [CheckResult.from_dict(item) for item in data["results"]]
+        if not isinstance(environment, dict):
+            raise TypeError(f"environment is of type {type(environment).__name__}, expected dict")
+        return environment, [CheckResult.from_dict(item) for item in data["results"]]
     except OSError as error:
         raise UsageError(f"{path}: cannot read the report: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -104,13 +104,13 @@ def _section(table: AdapterTable) -> str:
 def _row(row: CheckResult) -> str:
     evidence = measured(row.measurement, row.bound) if row.measurement else row.reason
     limits = allowed(row.bound) if row.bound else ""
-    return f"| {escape(row.check)} | {WORDS[row.outcome]} | {escape(evidence)} | {escape(limits)} |"
+    return f"| {escape(row.label)} | {WORDS[row.outcome]} | {escape(evidence)} | {escape(limits)} |"
 
 
 def _trouble(row: CheckResult) -> Iterator[str]:
     evidence = f": {escape(measured(row.measurement, row.bound))}" if row.measurement else ""
     limits = f"; allowed: {escape(allowed(row.bound))}" if row.bound else ""
-    yield f"**{escape(row.check)}** {WORDS[row.outcome]}{evidence}{limits}\n"
+    yield f"**{escape(row.label)}** {WORDS[row.outcome]}{evidence}{limits}\n"
     yield from (f"- {line}" for line in _evidence(row))
     yield ""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pytest_lora.atomic import write_whole
 from pytest_lora.records import CheckResult, Json
-from pytest_lora.report.files import write_whole
 from pytest_lora.report.html import html_report
 from pytest_lora.report.json_report import build_report, json_text
 from pytest_lora.report.markdown import markdown_report

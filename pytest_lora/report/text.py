@@ -11,14 +11,31 @@ __all__ = [
     "allowed",
     "check_list",
     "clean",
+    "encodable",
     "explain",
     "measured",
-    "movable",
     "number",
     "spellings",
+    "to_move",
 ]
 
 _MOST_PROBLEMS = 10
+_OF_A_SOURCE = "max_drift in "
+"""How the origin begins of a limit that a source of the profile has for itself."""
+# What stands for a sign where it cannot be shown.
+_PLAIN = {
+    "\N{HORIZONTAL ELLIPSIS}": "...",
+    "\N{RIGHTWARDS ARROW}": "->",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{LESS-THAN OR EQUAL TO}": "<=",
+    "\N{GREATER-THAN OR EQUAL TO}": ">=",
+    "\N{EN DASH}": "-",
+    "\N{EM DASH}": "-",
+    "\N{LEFT SINGLE QUOTATION MARK}": "'",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{LEFT DOUBLE QUOTATION MARK}": '"',
+    "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
+}
 _VERBS = {
     Outcome.PASSED: "passed",
     Outcome.FAILED: "FAILED",
@@ -38,6 +55,29 @@ def clean(text: str) -> str:
     if line.isprintable():
         return line
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """``text`` in characters of ``encoding``: plain ones for signs, escapes for any other.
+
+    What a Windows code page (cp437, cp1252) or the C locale cannot show must neither stop a report
+    nor turn all of a line into escapes.
+    """
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:
+        return "".join(_encodable(char, encoding) for char in text)
+    except LookupError:  # an encoding of the terminal's own
+        return encodable(text, "ascii")
+
+
+def _encodable(char: str, encoding: str) -> str:
+    try:
+        char.encode(encoding)
+        return char
+    except UnicodeEncodeError:
+        return _PLAIN.get(char) or ascii(char)[1:-1]
 
 
 def number(value: float, *, apart_from: Bound | None = None) -> str:
@@ -93,8 +133,8 @@ def explain(result: CheckResult) -> str:
         lines.append(f"  allowed: {allowed(result.bound)}")
     if result.advice:
         lines.append(f"  what to do: {clean(result.advice)}")
-    if result.outcome is Outcome.FAILED and movable(result.check):
-        lines.append(f"  to move the bound: {spellings(result.check)}")
+    if place := to_move(result):
+        lines.append(f"  to move the bound: {place}")
     return "\n".join(lines)
 
 
@@ -115,7 +155,17 @@ def _evidence(measurement: Measurement) -> list[str]:
     return lines + [f"  note: {clean(note)}" for note in measurement.notes]
 
 
-def movable(check: str) -> bool:
+def to_move(result: CheckResult) -> str:
+    """Where a bound that was missed is moved; empty where nothing failed, or nobody may."""
+    if result.outcome is not Outcome.FAILED or not _movable(result.check):
+        return ""
+    origin = clean(result.bound.origin) if result.bound is not None else ""
+    if origin.startswith(_OF_A_SOURCE):
+        return f"{origin.partition(': ')[0]}, which goes before any option"
+    return spellings(result.check)
+
+
+def _movable(check: str) -> bool:
     """Whether the check is ours and has a bound that the user may move."""
     try:
         return bool(find_check(check).limit)
@@ -126,7 +176,8 @@ def movable(check: str) -> bool:
 def spellings(check: str) -> str:
     """The places a bound can be set in, as the user would write them."""
     option = "--lora-" + check.replace("_", "-")
-    return f"{option}=LIMIT, ini lora_{check}, or @pytest.mark.lora_bounds({check}=LIMIT)"
+    limit = "SIZE" if find_check(check).opt_in else "LIMIT"
+    return f"{option}={limit}, ini lora_{check}, or @pytest.mark.lora_bounds({check}={limit})"
 
 
 def check_list() -> str:

@@ -16,14 +16,17 @@ from pytest_lora.stats.distributions import (
     normal_cdf,
     normal_quantile,
     root,
+    t_cdf,
     t_quantile,
 )
 
 __all__ = [
     "changes",
     "difference_interval",
+    "loss_p",
     "mcnemar_exact",
     "mcnemar_mid_p",
+    "mean_above_zero_p",
     "mean_interval",
     "non_inferiority_p",
 ]
@@ -45,6 +48,15 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     """
     _check(gained, lost, gained + lost)
     return min(1.0, 2 * binomial_cdf(min(gained, lost), gained + lost, 0.5))
+
+
+def loss_p(gained: int, lost: int) -> float:
+    """One-sided exact p-value of "no more are lost than gained": small where too many are lost.
+
+    McNemar's test in one direction: the losses are binomial with chance 1/2 at most.
+    """
+    _check(gained, lost, gained + lost)
+    return binomial_cdf(gained, gained + lost, 0.5)
 
 
 def mcnemar_mid_p(gained: int, lost: int) -> float:
@@ -119,6 +131,23 @@ def mean_interval(values: Sequence[float], confidence: float) -> tuple[float, fl
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = t_quantile((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n)
     return mean - half, mean + half
+
+
+def mean_above_zero_p(values: Sequence[float]) -> float:
+    """One-sided p-value of "the mean of the domain is 0 or less": small where it is above.
+
+    Student's: with the conditions of :func:`mean_interval`.  Values without any spread have no t;
+    of them it is the sign that counts, with probability ``2**-n`` at most under the hypothesis that
+    either sign is as likely.
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"{n} values have no spread to tell a mean from")
+    mean = math.fsum(values) / n
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    if not deviation:
+        return 0.5**n if mean > 0 else 1.0
+    return t_cdf(-mean * math.sqrt(n) / deviation, n - 1)
 
 
 def _check(gained: int, lost: int, n: int) -> None:

@@ -17,7 +17,7 @@ from pytest_lora.stats.distributions import (
     most_marked,
     normal_quantile,
 )
-from pytest_lora.stats.sequential import Verdict
+from pytest_lora.stats.sequential import Verdict, milestones
 
 __all__ = [
     "SequentialProportion",
@@ -161,6 +161,7 @@ class SequentialProportion:
         self.size, self.floor, self.alpha = size, float(floor), alpha
         self.needed = _needed(size, floor)
         self.used = self.successes = 0
+        self._passed = bytearray()
         self._prior = (size * floor / 30 + 0.5, size * (1 - floor) / 30 + 0.5)
         self._log_at_least = self._log_below = 0.0
         self._early: Verdict | None = None
@@ -173,6 +174,7 @@ class SequentialProportion:
             raise ValueError(f"the set has {self.size} items, and all of them were seen")
         self.used += 1
         self.successes += int(passed)
+        self._passed.append(int(passed))
         self._log_at_least = max(self._log_at_least, self._log_ratio(at_most=self.needed - 1))
         self._log_below = max(self._log_below, self._log_ratio(at_least=self.needed))
         if self._early is None:
@@ -254,6 +256,20 @@ class SequentialProportion:
         low = _last(kept, peak, least)
         high = _last(kept, peak, most)
         return low / self.size, high / self.size
+
+    def path(self, confidence: float, points: int = 24) -> list[dict[str, float | int]]:
+        """How share and interval came to be what they are: a row for each of some looks.
+
+        ``used``, ``estimate``, ``low`` and ``high`` at no more than ``points`` numbers of items,
+        each a constant factor above the one before, the last one now.
+        """
+        rows: list[dict[str, float | int]] = []
+        then = SequentialProportion(self.size, self.floor, alpha=self.alpha)
+        for used in milestones(self.used, points):
+            then.used, then.successes = used, sum(self._passed[:used])
+            low, high = then.interval(confidence)
+            rows.append({"used": used, "estimate": then.estimate, "low": low, "high": high})
+        return rows
 
     def evidence(self) -> dict[str, bool | float | int | str | None]:
         """What the verdict rests on, JSON-plain."""

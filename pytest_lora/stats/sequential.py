@@ -15,7 +15,7 @@ from enum import StrEnum
 from pytest_lora.stats.distributions import most_marked
 from pytest_lora.stats.wealth import Wealth, log_wealth
 
-__all__ = ["SequentialMean", "Verdict", "unseen_level"]
+__all__ = ["SequentialMean", "Verdict", "milestones", "unseen_level"]
 
 LARGEST = 1e100
 """Greater values are refused: nothing below can overflow."""
@@ -194,12 +194,36 @@ class SequentialMean:
         least, greatest = self._range()
         if least == greatest or not self.used:
             return least, greatest
-        level = (1 - confidence) / 2
-        mirrored = None if self.floor is None else -self.floor
-        high = _rejected_from(self._values, self.size, self.cap, level)
-        low = -_rejected_from([-value for value in self._values], self.size, mirrored, level)
+        low, high = self._ends(self._values, (1 - confidence) / 2, 1e-9)
         low, high = sorted((max(low, least), min(high, greatest)))
         return low, high
+
+    def path(self, confidence: float, points: int = 24) -> list[dict[str, float | int | None]]:
+        """How estimate and interval came to be what they are: a row for each of some looks.
+
+        ``used``, ``estimate``, ``low`` and ``high`` at no more than ``points`` numbers of items,
+        each a constant factor above the one before, the last one now.  Ends are as those of
+        :meth:`interval`, to a thousandth of the spread of the values and never too narrow; None
+        where nothing could be said yet.  Needs numpy.
+        """
+        rows = []
+        for used in milestones(self.used, points):
+            seen = self._values[:used]
+            if used == self.used:
+                ends = self.interval(confidence)
+            else:
+                ends = self._ends(seen, (1 - confidence) / 2, 1e-3)
+            low, high = (end if math.isfinite(end) else None for end in ends)
+            estimate = math.fsum(seen) / used
+            rows.append({"used": used, "estimate": estimate, "low": low, "high": high})
+        return rows
+
+    def _ends(self, values: list[float], level: float, tolerance: float) -> tuple[float, float]:
+        """The interval after ``values``, the first of the items seen, each side at ``level``."""
+        mirrored = None if self.floor is None else -self.floor
+        high = _rejected_from(values, self.size, self.cap, level, tolerance)
+        turned = [-value for value in values]
+        return -_rejected_from(turned, self.size, mirrored, level, tolerance), high
 
     def evidence(self) -> dict[str, bool | float | int | str | None]:
         """What the verdict rests on, JSON-plain.
@@ -264,10 +288,21 @@ def _units(value: float) -> int:
     return numerator << (UNIT + 1 - denominator.bit_length())
 
 
-def _rejected_from(values: list[float], size: int, cap: float | None, level: float) -> float:
+def milestones(used: int, points: int) -> list[int]:
+    """At most ``points`` numbers up to ``used``, as good as evenly spaced in their logarithm."""
+    if not used:
+        return []
+    steps = max(1, points - 1)
+    return sorted({max(1, round(used ** (i / steps))) for i in range(steps)} | {used})
+
+
+def _rejected_from(
+    values: list[float], size: int, cap: float | None, level: float, tolerance: float
+) -> float:
     """The lowest limit found at which "the mean is at least that" was rejected at ``level``.
 
-    By bisection, to a billionth of the spread of the values or the last bit, on the rejected side.
+    By bisection, to ``tolerance`` times the spread of the values or the last bit, on the rejected
+    side.
     """
     import numpy as np
 
@@ -287,7 +322,7 @@ def _rejected_from(values: list[float], size: int, cap: float | None, level: flo
             return math.inf
         kept, step = gone, 2 * step
         gone += step
-    while gone - kept > 1e-9 * scale:
+    while gone - kept > tolerance * scale:
         middle = (kept + gone) / 2
         if not kept < middle < gone:
             break  # neighbours: the values hardly differ for their size

@@ -271,8 +271,9 @@ def _report_errors(tell: int, work: Any) -> NoReturn:
     try:
         work()
     except BaseException as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        text = reason or f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.strerror:
+            text = error.strerror + (f" ({error.filename})" if error.filename else "")
         os.write(tell, json.dumps({"error": text}).encode() + b"\n")
     os._exit(1)
 

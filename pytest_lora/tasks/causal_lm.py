@@ -12,7 +12,10 @@ probe of some dozens of tokens:
   window's own by no more than rounding noise moves them (:mod:`pytest_lora.numerics.noise`).
 
 A model that does not split is run over its own key-value cache, a few tokens at a time, if that
-gives the plain logits up to rounding noise.  One that does not pack is run a window at a time.
+gives the plain logits up to rounding noise.  Windows of one that does not pack get a row each,
+padded on the right, where the probe shows what that does: whatever stands at the padding, the
+states differ from the window's own by no more than rounding noise moves them.  Else a window is run
+at a time.
 """
 
 from __future__ import annotations
@@ -44,17 +47,22 @@ SEED = 4177
 
 
 class Batch:
-    """Windows in one row, with position ids that start over in each.
+    """Windows in one row, with position ids that start over in each; or in a row each.
 
     Attributes:
-        inputs: what the model is given; position ids only where there are several windows.
-        scored: positions whose predictions count, (n,).
+        inputs: what the model is given; for a single window its token ids alone.
+        scored: positions whose predictions count, (n,), in all rows one after the other.
         targets: the tokens to predict there, (n,).
     """
 
-    def __init__(self, group: Sequence[Window], device: torch.device) -> None:
+    def __init__(
+        self, group: Sequence[Window], device: torch.device, *, padded: bool = False, pad: int = 0
+    ) -> None:
+        """``padded``: a row each, filled up on the right with the token ``pad``."""
+        width = max(len(window.ids) for window in group) if padded else 0
         ids: list[int] = []
         positions: list[int] = []
+        mask: list[int] = []
         scored: list[int] = []
         targets: list[int] = []
         for window in group:
@@ -62,9 +70,15 @@ class Batch:
             positions += range(len(window.ids))
             scored += range(len(ids) - len(window.targets), len(ids))
             targets += window.targets
-        self.inputs = {"input_ids": torch.tensor([ids], device=device)}
-        if len(group) > 1:
-            self.inputs["position_ids"] = torch.tensor([positions], device=device)
+            spare = max(0, width - len(window.ids))
+            mask += [1] * len(window.ids) + [0] * spare
+            ids += [pad] * spare
+        shape = (len(group) if padded else 1, -1)
+        self.inputs = {"input_ids": torch.tensor(ids, device=device).view(shape)}
+        if len(group) > 1 and padded:
+            self.inputs["attention_mask"] = torch.tensor(mask, device=device).view(shape)
+        elif len(group) > 1:
+            self.inputs["position_ids"] = torch.tensor(positions, device=device).view(shape)
         self.scored = torch.tensor(scored, device=device)
         self.targets = torch.tensor(targets, device=device)
         self._counts = [len(window.targets) for window in group]
@@ -129,7 +143,7 @@ class CausalModel:
         with intercepted({"": self.body}, make):
             self.outer(**inputs, **self._options)
         [states] = kept  # virtual tokens come first
-        return states[0, -inputs["input_ids"].shape[1] :]
+        return states[:, -inputs["input_ids"].shape[1] :].flatten(0, 1)
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) of states (n, width), by the model's own code."""
@@ -256,6 +270,27 @@ class CausalModel:
         causal = _same(packed[:PROBE], changed[1][:PROBE])
         difference = _rms(packed[PROBE:] - alone)
         return apart and causal and difference <= _rms(packed[PROBE:] - noisy[PROBE:])
+
+    def pads(self) -> bool:
+        """Whether windows may stand side by side, padded on the right: only where it splits."""
+        if self.body is None:
+            return False
+        long, short = (self._probe(which)[0].tolist() for which in range(2))
+        windows = [Window(long, long), Window(short[: PROBE // 2], short[: PROBE // 2])]
+        device = self.subject.base.device
+        batches = [Batch(windows, device, padded=True, pad=pad) for pad in (long[0], short[-1])]
+        try:
+            alone = [self.states(Batch([window], device)) for window in windows]
+            padded = [batch.by_window(self.states(batch)) for batch in batches]
+            with rounding_noise(self.outer, SEED):
+                noisy = batches[0].by_window(self.states(batches[0]))
+        except Exception:  # a model that knows no mask
+            return False
+        return all(
+            _rms(states - own) <= _rms(noise - found)
+            for one in padded
+            for states, own, noise, found in zip(one, alone, noisy, padded[0], strict=True)
+        )
 
     def _packed(self, *parts: torch.Tensor) -> torch.Tensor:
         device = self.subject.base.device

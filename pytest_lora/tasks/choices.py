@@ -80,8 +80,8 @@ class ChoiceScorer:
     def likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """Log p(continuation | context) of each pair of token ids, in order.
 
-        Contexts have at least one token.  Log-probabilities are in float32 at least,
-        sums in float64.  Requests with one context are best given side by side.
+        Contexts have at least one token.  Logits are in the model's dtype, everything after them
+        in float64.  Requests with one context are best given side by side.
 
         Raises:
             CannotRun: the model fails, or a token id is beyond its vocabulary.
@@ -206,13 +206,13 @@ def _collect(
     begin = 0
     for row, places in zip(rows, needed, strict=True):
         block = logits[begin : begin + len(places)]
-        logp = block.to(torch.promote_types(block.dtype, torch.float32)).log_softmax(-1)
+        logp = block.double().log_softmax(-1)
         begin += len(places)
         at = {place: index for index, place in enumerate(places)}
         for request, start, tokens in row.asked:
             index = torch.tensor([at[start + i] for i in range(len(tokens))], device=logp.device)
             chosen = logp[index, torch.tensor(tokens, device=logp.device)]
-            values[request] = float(chosen.double().sum())
+            values[request] = float(chosen.sum())
 
 
 def _rows(pairs: Sequence[Pair], requests: Sequence[int]) -> list[_Row]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lora.errors import UsageError
+from pytest_lora.names import meant
 from pytest_lora.profile import TASK_KEYS
 from pytest_lora.tasks.formats import read_task
 from pytest_lora.tasks.graders import GRADERS, RegexAnswer
 from pytest_lora.tasks.humaneval import HumanEvalGrader
-from pytest_lora.tasks.names import meant
 from pytest_lora.tasks.records import Length, Scoring, Task
 
 __all__ = ["make_task", "task_from_config"]
@@ -46,7 +46,7 @@ def task_from_config(
                 f"{where}: there is no key {key!r}{meant(key, TASK_KEYS)}; keys are"
                 f" {', '.join(TASK_KEYS)}"
             )
-    if "path" not in config:
+    if "path" not in config and "lm_eval" not in config:
         raise UsageError(f"{where}: path is missing: which file holds the items?")
     values = {key: _checked(where, key, value) for key, value in config.items()}
     for key in ("path", "shots_path"):
@@ -54,7 +54,7 @@ def task_from_config(
             values[key] = Path(folder, values[key])
     task = make_task(name, values, allow_code_execution=allow_code_execution)
     floor = values.get("min_accuracy")
-    if floor is None or floor.of_base:
+    if floor is None or floor.to:
         return task
     return replace(task, min_accuracy=floor.value)
 
@@ -68,6 +68,8 @@ def make_task(name: str, values: Mapping[str, Any], *, allow_code_execution: boo
     """
     where = f"[tasks.{name}]"
     rules = {key: value for key, value in values.items() if key not in _HOW_TO_JUDGE}
+    if "lm_eval" in rules:
+        return _of_lm_eval(name, rules)
     path = rules.pop("path")
     grader = _grader(where, rules.pop("grader", None), rules.pop("pattern", None))
     if grader is not None:
@@ -83,6 +85,20 @@ def make_task(name: str, values: Mapping[str, Any], *, allow_code_execution: boo
     if task.format == "humaneval" and grader is None:
         return replace(task, grader=HumanEvalGrader(allow_code_execution))
     return task
+
+
+def _of_lm_eval(name: str, rules: Mapping[str, Any]) -> Task:
+    from pytest_lora.tasks.lm_eval_bridge import lm_eval_task
+
+    return lm_eval_task(
+        name,
+        rules["lm_eval"],
+        metric=rules.get("metric"),
+        filter_name=rules.get("filter"),
+        num_fewshot=rules.get("shots"),
+        limit=rules.get("limit"),
+        chat=rules.get("chat", False),
+    )
 
 
 def _grader(where: str, name: str | None, pattern: str | None) -> Any:

@@ -24,9 +24,10 @@ __all__ = ["Definition", "Window", "define", "encode", "token_counts", "windows"
 LONGEST_WINDOW = 2048
 """Tokens of a window where nothing else is asked for and the model has room for more."""
 
-TOKENS_ON_CPU = 512
-"""Tokens of a pass: enough for a matrix product to run at full speed on a core, and few enough for
-attention between documents, which is computed and masked, to cost little."""
+TOKENS_ON_CPU = 256
+"""Tokens of a pass: enough for a matrix product to run at full speed on a core (within 1% of what
+512 take per token), and few enough for attention between documents, which is computed and masked,
+to cost little."""
 TOKENS_ELSEWHERE = 8192
 
 TEXTS_AT_A_TIME = 64
@@ -46,6 +47,8 @@ class Definition:
         dtype: of the base model's weights.
         packing: whether documents share a row; changes rounding only.
         tokens: tokens of a pass; changes rounding only.
+        padding: whether documents that cannot share a row go through side by side, padded; changes
+            rounding only.
     """
 
     tokenizer: str
@@ -56,6 +59,7 @@ class Definition:
     dtype: str
     packing: bool
     tokens: int
+    padding: bool = False
 
     def to_dict(self) -> dict[str, Json]:
         """For the record: JSON-plain, with what is scored and in which unit in words."""
@@ -94,7 +98,7 @@ def define(
     stride: int | None = None,
     tokens: int | None = None,
 ) -> Definition:
-    """The definition for a subject's base model; packing is as asked for, and yet to be proven.
+    """The definition for a subject's base model; packing is asked for, and yet to be proven.
 
     Args:
         subject: the adapter on its base model.

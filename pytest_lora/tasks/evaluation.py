@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from pytest_lora.errors import UsageError
+from pytest_lora.installed import installed_version
 from pytest_lora.stats.order import seeded_order
 from pytest_lora.tasks.definition import token_counts
 
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from pytest_lora.adapter import Adapter
     from pytest_lora.nll_cache import NllCache
     from pytest_lora.records import Json
-    from pytest_lora.subject import Subject
+    from pytest_lora.subject import BaseModel, Subject
     from pytest_lora.tasks.likelihood import Likelihoods
     from pytest_lora.tasks.texts import Texts
 
-__all__ = ["Collection", "Document", "Evaluation", "identity", "model_identity"]
+__all__ = ["Collection", "Document", "Evaluation", "base_facts", "identity", "model_identity"]
 
 FORMAT = 1
 """Of what is in the cache: counted up when the computation changes."""
@@ -224,30 +225,29 @@ def identity(likelihoods: Likelihoods) -> tuple[dict[str, Json], str]:
     return common, adapter
 
 
+def base_facts(base: BaseModel) -> dict[str, Any]:
+    """What makes numbers of different runs with a base model comparable, for a baseline.
+
+    The kind of device is the card's name, and on a CPU just that: what its instructions change is
+    rounding, which no baseline's margin is about.
+    """
+    is_cuda = base.device.type == "cuda"
+    return {
+        "base": base.digest,
+        "device": _device_kind(base.device) if is_cuda else base.device.type,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "versions": _versions("torch", "transformers", "peft"),
+    }
+
+
 def model_identity(subject: Subject) -> tuple[dict[str, Json], str]:
     """All that the base model's arithmetic depends on, and the adapter's digest."""
     base: dict[str, Json] = {
-        "base": _base_digest(subject),
+        "base": subject.base.digest,
         "device": _device_kind(subject.base.device),
         "versions": _versions("torch", "transformers", "peft"),
     }
     return base, _adapter_digest(subject.adapter)
-
-
-def _base_digest(subject: Subject) -> str:
-    """Of the weights as loaded, and of the configuration they are used with."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, found in sorted(subject.base.fingerprints.items()):
-        digest.update(f"{name} {found.dtype} {found.shape} {found.digest}\n".encode())
-    with subject.base.bare() as module:
-        config: Any = getattr(module, "config", None)
-        settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
-        settings.pop(key, None)
-    attention = getattr(config, "_attn_implementation", None)
-    text = json.dumps([type(module).__name__, attention, settings], sort_keys=True, default=str)
-    digest.update(text.encode())
-    return digest.hexdigest()
 
 
 def _adapter_digest(adapter: Adapter) -> str:
@@ -266,12 +266,4 @@ def _device_kind(device: torch.device) -> str:
 
 
 def _versions(*names: str) -> dict[str, Json]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, Json] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: installed_version(name) for name in names}

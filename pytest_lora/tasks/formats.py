@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lora.errors import UsageError
+from pytest_lora.names import meant
 from pytest_lora.tasks.graders import GRADERS
-from pytest_lora.tasks.names import meant
 from pytest_lora.tasks.records import Length, Scoring, Task, TaskItem
 from pytest_lora.tasks.rows import Row, read_rows
 

@@ -40,6 +40,9 @@ STUDENT = 4.015
 """Two-sided quantile of Student's t with :data:`DRAWS` degrees of freedom at 1 in 1000."""
 SEED = 9973
 
+ANSWER = 256
+"""Tokens an answer may have where nobody says so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -82,7 +85,7 @@ class Generator:
         model: Any,
         tokens: TaskTokenizer,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         stop: Sequence[str] = (),
         batch_size: int = 8,
         temperature: float = 0.0,
@@ -93,7 +96,7 @@ class Generator:
             NotApplicable: the model does not write text after a prompt.
         """
         self.model, self.tokens = model, tokens
-        self.max_new_tokens, self.stop = max_new_tokens, tuple(stop)
+        self.stop = tuple(stop)
         self.batch_size, self.temperature = batch_size, temperature
         self.notes: list[str] = []
         self._proven = False
@@ -103,7 +106,18 @@ class Generator:
             raise NotApplicable(f"{type(self._bare).__name__} does not continue a text")
         self._ends = _end_tokens(self._bare, tokens)
         self._window = window(self._bare)
+        self.max_new_tokens = max_new_tokens or self._usual_length()
         self._vocabulary = known_tokens(self._bare)
+
+    def _usual_length(self) -> int:
+        """:data:`ANSWER`, or half of a window that is smaller: the other half is the prompt's."""
+        length = max(1, min(ANSWER, self._window // 2))
+        if length < ANSWER:
+            self.notes.append(
+                f"answers have at most {length} tokens, half of the model's window;"
+                " max_new_tokens allows others"
+            )
+        return length
 
     def answers(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None

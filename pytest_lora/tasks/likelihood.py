@@ -11,8 +11,14 @@ import torch
 
 from pytest_lora.errors import NotApplicable, UsageError
 from pytest_lora.numerics.likelihood import pair_scores, rows_within
-from pytest_lora.numerics.streaming import accurate_products
-from pytest_lora.tasks.causal_lm import AdaptedModel, BaseModelAlone, Batch, predicts_tokens
+from pytest_lora.numerics.precision import accurate_products
+from pytest_lora.tasks.causal_lm import (
+    AdaptedModel,
+    BaseModelAlone,
+    Batch,
+    CausalModel,
+    predicts_tokens,
+)
 from pytest_lora.tasks.definition import Definition, Window, encode, windows
 
 if TYPE_CHECKING:
@@ -20,10 +26,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Likelihoods", "Scores"]
 
-BUDGET_ON_CPU = 48 << 20
-"""Bytes of logits and what is computed from them, at a time."""
+BUDGET_ON_CPU = 32 << 20
+"""Bytes of logits and what is computed from them, at a time: 65 rows of 32,000 tokens.  With half
+as many a core reads the head's weights so often that a product takes a quarter longer; the
+allocator keeps up to three times as much."""
 BUDGET_ELSEWHERE = 512 << 20
 """Likewise on an accelerator, where small products leave it idle."""
+MOST_PADDING = 1 / 8
+"""Share of the positions of a pass that may be padding, where windows cannot share a row.  It is
+what can be lost where a single window fills the device already; where it does not, a few passes
+take the place of many."""
 
 
 class Scores(NamedTuple):
@@ -54,7 +66,7 @@ class Likelihoods:
     costs milliseconds a batch; hooks put on them meanwhile do not last.
 
     Attributes:
-        definition: as given, with ``packing`` as the models have proven it.
+        definition: as given, with ``packing`` and ``padding`` as the models have proven them.
         notes: what had to be done otherwise than usual, in words.
     """
 
@@ -82,13 +94,19 @@ class Likelihoods:
             with model.active(), _evaluating():
                 model.learn(self._rows)
         packs = definition.packing and all(model.packs for model in models)
+        pads = not packs and all(self._pads(model) for model in models)
         if definition.packing and not packs:
-            self.notes.append("the model does not keep documents in one row apart: one at a time")
+            instead = "a row each, padded" if pads else "one at a time"
+            self.notes.append(f"the model does not keep documents in one row apart: {instead}")
         if not self.compares:
             self.notes.append("the model cannot be split before its head: run over its cache")
-        self.definition = replace(definition, packing=packs)
+        self.definition = replace(definition, packing=packs, padding=pads)
         # The same for both, whatever is asked for: other rows, other rounding.
         self._base.rows = self._adapted.rows = min(model.rows for model in models)
+
+    def _pads(self, model: CausalModel) -> bool:
+        with model.active(), _evaluating():
+            return model.pads()
 
     @property
     def compares(self) -> bool:
@@ -141,7 +159,11 @@ class Likelihoods:
     def _score(
         self, group: list[tuple[_Total, Window]], *, base: bool, adapted: bool, divergence: bool
     ) -> None:
-        batch = Batch([window for _, window in group], self.subject.base.device)
+        batch = Batch(
+            [window for _, window in group],
+            self.subject.base.device,
+            padded=self.definition.padding,
+        )
         totals = [total for total, _ in group]
         if divergence and base and adapted and self.compares:
             self._score_pair(batch, totals)
@@ -195,20 +217,36 @@ class _Total:
         )
 
 
-def _groups(
-    owned: Sequence[tuple[_Total, Window]], definition: Definition
-) -> Iterator[list[tuple[_Total, Window]]]:
-    """Windows that go through the models together: as they come, up to the tokens of a pass."""
-    group: list[tuple[_Total, Window]] = []
-    size = 0
-    for total, window in owned:
-        if group and (not definition.packing or size + len(window.ids) > definition.tokens):
+_Owned = tuple[_Total, Window]
+
+
+def _groups(owned: Sequence[_Owned], definition: Definition) -> Iterator[list[_Owned]]:
+    """Windows that go through the models together."""
+    if definition.packing:
+        fits = _fits_a_row
+    elif definition.padding:
+        fits, owned = _fits_beside, sorted(owned, key=lambda item: len(item[1].ids))
+    else:
+        yield from ([item] for item in owned)
+        return
+    group: list[_Owned] = []
+    for item in owned:
+        if group and not fits([len(window.ids) for _, window in [*group, item]], definition.tokens):
             yield group
-            group, size = [], 0
-        group.append((total, window))
-        size += len(window.ids)
+            group = []
+        group.append(item)
     if group:
         yield group
+
+
+def _fits_a_row(lengths: Sequence[int], tokens: int) -> bool:
+    return sum(lengths) <= tokens
+
+
+def _fits_beside(lengths: Sequence[int], tokens: int) -> bool:
+    """Up to the tokens of a pass, and with so little padding that it costs less than it saves."""
+    positions = len(lengths) * max(lengths)
+    return positions <= tokens and MOST_PADDING * positions >= positions - sum(lengths)
 
 
 @contextlib.contextmanager

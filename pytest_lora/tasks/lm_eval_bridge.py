@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
+import functools
+import hashlib
 import importlib.util
+import inspect
 import io
 import logging
 import math
@@ -23,21 +25,35 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_lora.baseline import digest_of
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.loading import one_line, quiet
+from pytest_lora.names import meant
 from pytest_lora.records import Json
+from pytest_lora.tasks.records import Scoring, Task, TaskItem
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_lora.subject import Subject
 
-__all__ = ["LmEvalRun", "LmEvalScores", "LmEvalTask", "load_lm_eval_tasks"]
+__all__ = [
+    "LmEvalOutcome",
+    "LmEvalQuestions",
+    "LmEvalRun",
+    "LmEvalScores",
+    "LmEvalTask",
+    "lm_eval_task",
+    "load_lm_eval_tasks",
+]
 
 SEED = 1234
 """Seed of the few-shot examples: lm-eval's own default."""
+
+_PLACE_OF_DATA = {"task", "task_alias", "tag", "custom_dataset", "dataset_path", "dataset_name",
+                  "dataset_kwargs", "metadata"}  # fmt: skip
 
 Spec = str | Path | Mapping[str, Any]
 
@@ -57,6 +73,20 @@ class LmEvalScores:
     base: tuple[float, ...]
 
 
+class LmEvalOutcome(NamedTuple):
+    """How one item came out.
+
+    Attributes:
+        score: the metric.
+        said: what the model wrote or chose; empty where the harness does not tell.
+        finite: whether every likelihood was a number.
+    """
+
+    score: float
+    said: str
+    finite: bool
+
+
 @dataclass(frozen=True, slots=True)
 class LmEvalTask:
     """One task of the harness, its data at hand.
@@ -66,12 +96,14 @@ class LmEvalTask:
         version: the version of its definition.
         items: how many documents it asks about.
         task: the harness's own object.
+        configuration: digest of how it asks, filters and grades, whatever its version says.
     """
 
     name: str
     version: str
     items: int
     task: Any
+    configuration: str
 
 
 # ---------------------------------------------------------------------------------------- tasks
@@ -113,9 +145,8 @@ def _require_lm_eval() -> None:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
-    hint = f"did you mean {' or '.join(close)}?" if close else "lm-eval ls tasks lists them"
-    return f"lm-eval has no task {name!r}, and there is no such file; {hint}"
+    hint = meant(name, known, "lm-eval ls tasks lists them")
+    return f"lm-eval has no task {name!r}, and there is no such file{hint}"
 
 
 def _no_data(name: str, error: Exception) -> str:
@@ -134,7 +165,153 @@ def _described(name: str, task: Any) -> LmEvalTask:
         )
     version = getattr(task, "VERSION", None)
     return LmEvalTask(name, "unknown" if version is None else str(version),
-                      len(task.eval_docs), task)  # fmt: skip
+                      len(task.eval_docs), task, _configuration(task))  # fmt: skip
+
+
+def _configuration(task: Any) -> str:
+    """Digest of a task's configuration, but for the place of its data: items are digested as such.
+
+    A task's own version is what its author remembers to count up; the numbers of another filter or
+    metric are others all the same.
+    """
+    names = {item.name for item in dataclasses.fields(task.config)} - _PLACE_OF_DATA
+    rules = {name: _defined(getattr(task.config, name)) for name in names}
+    return digest_of([_source(type(task)), sorted(rules.items())])
+
+
+def _defined(value: Any) -> Any:
+    """A value of a configuration as JSON-plain data that is the same in every process."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return sorted([str(key), _defined(item)] for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return [_defined(item) for item in value]
+    if isinstance(value, functools.partial):
+        return [_defined(part) for part in (value.func, value.args, value.keywords)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [[item.name, _defined(getattr(value, item.name))]
+                for item in dataclasses.fields(value)]  # fmt: skip
+    return _source(value if callable(value) else type(value))
+
+
+def _source(code: Any) -> list[str | None]:
+    """A function or class by its name, its own lines, and the file of what it calls."""
+    name = getattr(code, "__qualname__", type(code).__qualname__)
+    try:
+        path = inspect.getsourcefile(code)
+        whole = hashlib.blake2b(Path(path).read_bytes()).hexdigest() if path else None
+        return [name, inspect.getsource(code), whole]
+    except (OSError, TypeError):  # built in, or made by other code
+        return [name, None, None]
+
+
+# ------------------------------------------------------------------------------ tasks of a profile
+
+
+@dataclass(frozen=True, slots=True)
+class LmEvalQuestions:
+    """A task of the harness and how it is put, before it is put to a model.
+
+    Attributes:
+        task: the task.
+        metric, filter_name, num_fewshot, chat: as for :class:`LmEvalRun`.
+    """
+
+    task: LmEvalTask
+    metric: str | None
+    filter_name: str | None
+    num_fewshot: int | None
+    chat: bool
+
+    def plain(self) -> dict[str, Json]:
+        """For the record, JSON-plain."""
+        return {
+            "harness": f"lm-eval {_version()}",
+            "task": self.task.name,
+            "task_version": self.task.version,
+            "configuration": self.task.configuration,
+            "metric": self.metric,
+            "filter": self.filter_name,
+            "num_fewshot": self.num_fewshot,
+            "chat": self.chat,
+        }
+
+    def asked_of(self, subject: Subject, tokenizer: Any, batch_size: int) -> LmEvalRun:
+        """The questions put to a subject."""
+        return LmEvalRun(
+            subject,
+            self.task,
+            metric=self.metric,
+            filter_name=self.filter_name,
+            num_fewshot=self.num_fewshot,
+            batch_size=batch_size,
+            chat=self.chat,
+            tokenizer=tokenizer,
+        )
+
+
+def lm_eval_task(
+    name: str,
+    spec: Spec,
+    *,
+    metric: str | None = None,
+    filter_name: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+) -> Task:
+    """A task of the harness as one of ours: scored item by item, in any order, with early verdicts.
+
+    Args:
+        name: what results call it.
+        spec: as for :func:`load_lm_eval_tasks`; one task, no group.
+        metric: as for :class:`LmEvalRun`, like all that follow.
+        filter_name: the filter of answers.
+        num_fewshot: worked examples before each question.
+        limit: the first so many items only.
+        chat: put each question through the tokenizer's chat template.
+
+    Raises:
+        UsageError: no such task, metric or filter; or it is a group.
+        CannotRun: lm-eval is not installed, or the data cannot be had.  An error, not a skip: a
+            gate that was asked for must not open where the package is forgotten.
+    """
+    try:
+        loaded = load_lm_eval_tasks(spec)
+    except CannotRun as error:
+        raise CannotRun(f"task {name}: {error}") from None
+    if len(loaded) != 1:
+        listed = ", ".join(task.name for task in loaded[:8]) + (", ..." if loaded[8:] else "")
+        raise UsageError(
+            f"task {name}: lm-eval's {spec} is a group of {len(loaded)} tasks; name them one by"
+            f" one: {listed}"
+        )
+    [known] = loaded
+    filter_name = _one_of("filter", filter_name, _filters(known.task), known.name)
+    metric = _one_of("metric", metric, _metrics(known.task), known.name)
+    count = known.items if limit is None else min(limit, known.items)
+    documents = known.task.eval_docs
+    items = tuple(_item(known.task, number, documents[number]) for number in range(count))
+    questions = LmEvalQuestions(known, metric, filter_name, num_fewshot, chat)
+    return Task(
+        name, items, format="lm-eval", scoring=Scoring.HARNESS, chat=chat, harness=questions
+    )
+
+
+def _item(task: Any, number: int, document: Any) -> TaskItem:
+    """What reports show of a document, as far as its task says it plainly."""
+    prompt, answer = "", ""
+    choices: tuple[str, ...] = ()
+    with contextlib.suppress(Exception):  # whatever a definition makes of its documents
+        prompt = str(task.doc_to_text(document))
+    with contextlib.suppress(Exception):
+        target = task.doc_to_target(document)
+        answer = str(target)
+        choices = tuple(str(choice) for choice in task.doc_to_choice(document))
+        if isinstance(target, int) and 0 <= target < len(choices):
+            return TaskItem(str(number), prompt, choices=choices, correct=target)
+    return TaskItem(str(number), prompt, answer)
 
 
 # ----------------------------------------------------------------------------------------- runs
@@ -146,6 +323,8 @@ class LmEvalRun:
     Attributes:
         task: the task.
         definition: all that decides a score, JSON-plain: for results.
+        batch_size: items a forward pass has at most.
+        notes: what had to be done otherwise than asked.
     """
 
     def __init__(
@@ -179,6 +358,8 @@ class LmEvalRun:
             CannotRun: the base model has no tokenizer.
         """
         self.task, self._subject, self._task = task, subject, task.task
+        self.batch_size = batch_size
+        self.notes: list[str] = []
         tokenizer = subject.base.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise CannotRun(f"task {task.name}: the base model has no tokenizer", missing=True)
@@ -191,6 +372,7 @@ class LmEvalRun:
             "harness": f"lm-eval {_version()}",
             "task": task.name,
             "task_version": task.version,
+            "configuration": task.configuration,
             "metric": self._metric,
             "filter": self._filter,
             "num_fewshot": int(self._task.config.num_fewshot or 0),
@@ -248,8 +430,17 @@ class LmEvalRun:
             group.sort(key=lambda instance: instance.idx)
         return by_document
 
+    def asked(self, index: int) -> list[str]:
+        """All that the model is asked for an item, as text: what its score depends on."""
+        return [repr(request.args) for request in self._instances[index]]
+
     def _scores(self, model: torch.nn.Module, indices: Sequence[int]) -> list[float]:
-        """One model's score of each item."""
+        return [outcome.score for outcome in self.outcomes(model, indices)]
+
+    def outcomes(self, model: Any, indices: Sequence[int]) -> list[LmEvalOutcome]:
+        """How each item comes out with the module that is given: the base while it is bare, or the
+        adapted model.
+        """
         asked = {index: [_fresh(one) for one in self._instances[index]] for index in indices}
         requests = [request for group in asked.values() for request in group]
         self._lm._model = model
@@ -257,7 +448,10 @@ class LmEvalRun:
             self._answer(requests)
             self._task._instances = requests
             self._task.apply_filters()
-            return [self._score(index, asked[index]) for index in indices]
+            return [
+                LmEvalOutcome(self._score(index, asked[index]), *self._said(asked[index]))
+                for index in indices
+            ]
 
     def _answer(self, requests: Sequence[Any]) -> None:
         kinds: dict[str, list[Any]] = {}
@@ -282,6 +476,19 @@ class LmEvalRun:
                 f" expected a number; this task's items have {', '.join(found)}"
             )
         return score
+
+    def _said(self, group: Sequence[Any]) -> tuple[str, bool]:
+        """What the model answered in words, and whether its likelihoods are numbers."""
+        answers = [request.filtered_resps[self._filter] for request in group]
+        if not all(isinstance(answer, tuple | list) for answer in answers):
+            return str(answers[0]), True
+        values = [answer[0] for answer in answers]
+        if not all(isinstance(value, int | float) for value in values):
+            return str(values[0]), True
+        said = ""
+        with contextlib.suppress(Exception):  # not every task has choices by the document
+            said = str(self._task.doc_to_choice(group[0].doc)[values.index(max(values))])
+        return said, all(map(math.isfinite, values))
 
 
 def _wrapped(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.errors import UsageError
 
 if TYPE_CHECKING:
     from pytest_lora.tasks.graders import Grader
+    from pytest_lora.tasks.lm_eval_bridge import LmEvalQuestions
 
 __all__ = ["Length", "Scoring", "Task", "TaskItem"]
 
@@ -24,6 +27,8 @@ class Scoring(StrEnum):
     """The model writes an answer and a grader reads it."""
     CHOICES = "choices"
     """The model's likelihood of each given choice decides; nothing is written."""
+    HARNESS = "lm-eval"
+    """lm-eval asks and grades (:mod:`pytest_lora.tasks.lm_eval_bridge`)."""
 
 
 class Length(StrEnum):
@@ -102,8 +107,9 @@ class Task:
         chat: put the question as a chat, through the tokenizer's chat template.
         system: system message of the chat.
         stop: texts that end an answer; they are not part of it.
-        max_new_tokens: tokens an answer may have.
+        max_new_tokens: tokens an answer may have; None is 256, or half of a smaller window.
         min_accuracy: the floor the file or the caller set; None where there is none.
+        harness: the task of lm-eval that asks and grades; None where we do.
     """
 
     name: str
@@ -119,8 +125,9 @@ class Task:
     chat: bool = False
     system: str = ""
     stop: tuple[str, ...] = ()
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     min_accuracy: float | None = None
+    harness: LmEvalQuestions | None = None
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -156,7 +163,8 @@ class Task:
     def digest(self) -> str:
         """SHA-256 over the items and everything that decides a score: 64 hexadecimal digits.
 
-        A callable grader counts by its name only.
+        A grader of one's own counts by its name, its source and the values it was made with, not
+        by what it calls.
         """
         whole: dict[str, Any] = {
             "items": [item.plain() for item in self.items],
@@ -168,10 +176,13 @@ class Task:
 
     def rules(self) -> dict[str, Any]:
         """How items are put and judged, JSON-plain: what a result records beside its numbers."""
+        harness = {} if self.harness is None else {"lm_eval": self.harness.plain()}
         return {
+            **harness,
             "format": self.format,
             "scoring": self.scoring.value,
             "grader": grader_name(self.grader),
+            **_own_source(self.grader),
             "length": self.length.value,
             "template": self.template,
             "separator": self.separator,
@@ -191,5 +202,26 @@ def grader_name(grader: Any) -> str | None:
     """What results call a grader."""
     if grader is None:
         return None
+    if isinstance(grader, partial):
+        return grader_name(grader.func)
     name = getattr(grader, "name", None) or getattr(grader, "__qualname__", None)
     return str(name or type(grader).__name__)
+
+
+def _own_source(grader: Any) -> dict[str, str]:
+    """What tells one's own grader from an earlier one of the same name, where it has a source."""
+    given: list[Any] = []
+    while isinstance(grader, partial):
+        given.append([grader.args, grader.keywords])
+        grader = grader.func
+    function = getattr(grader, "__func__", grader)  # of a method
+    if not inspect.isfunction(function):
+        return {}
+    try:
+        source = inspect.getsource(function)
+    except OSError:  # typed in, there is no file
+        return {}
+    given += inspect.getclosurevars(function).nonlocals.values()
+    if given:
+        source += json.dumps(given, default=lambda value: type(value).__qualname__, skipkeys=True)
+    return {"grader_source": hashlib.sha256(source.encode()).hexdigest()[:16]}

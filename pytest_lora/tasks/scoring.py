@@ -92,6 +92,8 @@ class ItemScorer:
 
     def _make(self, batch_size: int) -> Any:
         tokens = self._prompter.tokens
+        if self.task.harness is not None:
+            return self.task.harness.asked_of(self.subject, tokens.tokenizer, batch_size)
         with self._active() as model:
             if self.task.scoring is Scoring.CHOICES:
                 return ChoiceScorer(model, tokens, batch_size=batch_size)
@@ -136,6 +138,8 @@ class ItemScorer:
     def _compute(self, indices: Sequence[int]) -> list[ItemScore]:
         if self.task.scoring is Scoring.CHOICES:
             return self._choose(indices)
+        if self.task.harness is not None:
+            return self._by_harness(indices)
         answers = self._runner.answers([self._prompter.prompt_ids(index) for index in indices])
         found = []
         for index, answer in zip(indices, answers, strict=True):
@@ -143,6 +147,20 @@ class ItemScorer:
             score = score_of(grader, answer.text, self.task.items[index])
             score = score if answer.finite else 0.0  # read off numbers that are none
             found.append(ItemScore(index, score, answer.text, finite=answer.finite))
+        return found
+
+    def _by_harness(self, indices: Sequence[int]) -> list[ItemScore]:
+        model = self.subject.base.module if self.base else self.subject.model
+        found = []
+        for index, outcome in zip(indices, self._runner.outcomes(model, indices), strict=True):
+            if not 0 <= outcome.score <= 1:
+                raise UsageError(
+                    f"task {self.task.name}: the metric {self._runner.definition['metric']!r} of"
+                    f" item {self.task.items[index].id} is {outcome.score:g}; an accuracy takes"
+                    " scores from 0 to 1, name another metric"
+                )
+            score = outcome.score if outcome.finite else 0.0
+            found.append(ItemScore(index, score, outcome.said, finite=outcome.finite))
         return found
 
     def _choose(self, indices: Sequence[int]) -> list[ItemScore]:
@@ -181,11 +199,13 @@ class ItemScorer:
 
     def _key(self, index: int, length: Length | None) -> str:
         item = self.task.items[index]
-        asked = (
-            self._prompter.choices(index)
-            if self.task.scoring is Scoring.CHOICES
-            else self._prompter.prompt_ids(index)
-        )
+        asked: Any
+        if self.task.harness is not None:
+            asked = [self._runner.definition, self._runner.asked(index)]
+        elif self.task.scoring is Scoring.CHOICES:
+            asked = self._prompter.choices(index)
+        else:
+            asked = self._prompter.prompt_ids(index)
         text = json.dumps([self._identity, asked, item.plain(), length], sort_keys=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 

@@ -18,7 +18,6 @@ What a document is:
 from __future__ import annotations
 
 import array
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from pytest_lora.errors import UsageError
+from pytest_lora.names import meant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,12 +144,7 @@ def open_texts(
 
 def _beside(path: Path) -> str:
     names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    return _did_you_mean(path.name, names)
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return meant(path.name, names)
 
 
 # ------------------------------------------------------------------------------ readers
@@ -303,7 +298,7 @@ class _JsonLines(_File):
 def _no_field(field: str, known: Iterable[str]) -> str:
     names = sorted(str(name) for name in known)
     listed = ", ".join(names[:12]) or "none"
-    return f"no field {field!r} (there: {listed}){_did_you_mean(field, names)}"
+    return f"no field {field!r} (there: {listed}){meant(field, names)}"
 
 
 def _valid(text: str, where: str) -> str:
@@ -419,7 +414,7 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     if split is None or split not in names:
         asked = f"there is no split {split!r}" if split else "say which split"
         raise UsageError(
-            f"{folder}: {asked} (there: {', '.join(names)}){_did_you_mean(split or '', names)}"
+            f"{folder}: {asked} (there: {', '.join(names)}){meant(split or '', names)}"
         )
     return folder / split
 

@@ -8,6 +8,7 @@ import pytest
 from adapter_maker import write_adapter
 
 from pytest_lora.catalog import CHECKS, Need
+from pytest_lora.collection import SuitePlan
 
 NEEDY = sum(spec.need > Need.FILES for spec in CHECKS)
 FILES = "--lora-checks=files"
@@ -249,6 +250,7 @@ def test_a_profile_sets_what_differs_between_adapters(project: pytest.Pytester) 
         ("[defaults]\nscalign = 2", "*scalign*did you mean 'scaling'*"),
         ("[defaults]\ndtype = 'int8'", "*dtype in *lora.toml*int8*float32*"),
         ("[adapters", "*not a TOML file*"),
+        ("[sources.wiki]\nmax_drift = 1", "*[[]sources.wiki] has no 'path'*"),
         (None, "*cannot read the profile*"),
     ],
 )
@@ -260,6 +262,7 @@ def test_a_broken_profile_is_a_usage_error(
     result = run(project, "--lora-adapter=adapters/good", "--lora-profile=lora.toml")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: {message}"])
+    result.stdout.no_fnmatch_line("*ERROR collecting*")
 
 
 def test_missing_libraries_stop_the_run(
@@ -285,3 +288,11 @@ def test_an_empty_plan_is_not_a_pass(project: pytest.Pytester, tmp_path: Path) -
     (project.path / "test_mine.py").unlink()
     result = run(project, "--lora-adapter=adapters/good", "-k", "nothing_like_this")
     assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.mark.parametrize("name", ["good", "caf\u00e9 \u2192 b", "back\\slash", "line\nfeed"])
+def test_a_plan_knows_adapters_by_the_names_they_have(name: str) -> None:
+    """Pytest escapes what is not plain ASCII where it makes node ids."""
+    escaped = name.encode("unicode_escape").decode("ascii")
+    plan = SuitePlan.of([f"lora/test_files::test_adapter_files[{escaped}]"])
+    assert plan.planned == ((name, "adapter_files", ""),)

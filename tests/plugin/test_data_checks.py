@@ -148,6 +148,12 @@ def test_the_example_that_forgets_fails_the_gate_and_a_sound_one_passes(
         assert domain.pop("from_cache")["adapted"] > 0
         old["measurement"]["details"]["domains"]["stories"].pop("from_cache")
         assert {**old, "seconds": 0} == {**new, "seconds": 0}
+    run(project, *words, "--lora-full-eval").assert_outcomes(passed=1, failed=1, deselected=34)
+    for old, new in zip(after, results(project), strict=True):
+        assert new["measurement"]["count"] == 256 > old["measurement"]["count"]
+        assert new["measurement"]["low"] is None  # known, not estimated
+        assert old["measurement"]["low"] <= new["measurement"]["value"]
+        assert new["measurement"]["value"] <= float(old["measurement"]["high"])  # may be infinite
 
 
 @NEEDS_EXAMPLE
@@ -208,5 +214,48 @@ def test_humaneval_is_refused_before_the_run_without_permission(two: pytest.Pyte
     result = run(two, "--lora-adapter=adapters/good")
     assert result.ret != pytest.ExitCode.OK
     result.stdout.fnmatch_lines(["*--lora-allow-code-execution*"])
+    result.stdout.no_fnmatch_line("*_caller.py*")
     allowed = run(two, "--lora-adapter=adapters/good", "--lora-allow-code-execution", "--co", "-q")
     assert any("test_task_accuracy[adapters/good:humaneval]" in line for line in allowed.outlines)
+
+
+@NEEDS_EXAMPLE
+def test_a_task_of_lm_eval_is_a_test_of_the_suite(project: pytest.Pytester) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"one and {i}:", "choices": ["two", "red"], "answer": 0} for i in range(6)]
+    items = project.path / "items.jsonl"
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = {"data_files": {"test": str(items)}, "cache_dir": str(project.path / "cache")}
+    own = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": files,
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metadata": {"version": 1},
+    }
+    (project.path / "own.yaml").write_text(json.dumps(own), encoding="utf-8")
+    table = '[tasks.{}]\nlm_eval = "own.yaml"\nmin_accuracy = {}\n'
+    profile(
+        project,
+        table.format("low", 0.0)
+        + table.format("high", '"base + 90%"')
+        + table.format("off", 0.0)
+        + 'metric = "acc_nrom"\n',
+    )
+    words = [f"--lora-adapter={ADAPTERS / 'dora'}", f"--lora-base-model={FIXTURES / 'base'}"]
+    words += ["--lora-checks=task_accuracy,generation_health", "--lora-no-cache"]
+    result = run(project, *words, "--lora-report=out.json")
+    found = {item["part"]: item for item in results(project) if item["check"] == "task_accuracy"}
+    assert {part: item["outcome"] for part, item in found.items()} == {
+        "low": "passed",
+        "high": "failed",
+        "off": "error",
+    }
+    assert "expected one of acc, acc_norm" in found["off"]["reason"]
+    assert found["low"]["measurement"]["details"]["rules"]["lm_eval"]["task"] == "own"
+    assert not [item for item in results(project) if item["check"] == "generation_health"]
+    result.stdout.fnmatch_lines(["*task_accuracy?high?*FAIL*adapter minus base*"])

@@ -79,25 +79,29 @@ def test_a_mark_stands_at_the_offending_key(project: pytest.Pytester, words: tup
     assert "%0A" in error
 
 
+@pytest.mark.parametrize("limit", ["0", '"baseline + 0.5"'])
 def test_a_mark_stands_at_the_line_of_the_profile_that_set_the_bound(
-    project: pytest.Pytester,
+    project: pytest.Pytester, limit: str
 ) -> None:
-    (project.path / "lora.toml").write_text('# bounds\n[adapters."good"]\nmerge_equivalence = 0\n')
+    (project.path / "lora.toml").write_text(
+        f'# bounds\n[adapters."good"]\nmerge_equivalence = {limit}\n'
+    )
     project.makepyfile(
         test_mine="""
         import pytest
-        from pytest_lora.assertions import judge
+        from pytest_lora.records import CheckResult, Measurement, Outcome, emit
+        from pytest_lora.settings import bound_for
 
         @pytest.mark.lora
-        def test_mine(lora_adapter, lora_bounds):
-            from pytest_lora.records import CheckResult, Measurement, Outcome, emit
-            emit(CheckResult("merge_equivalence", "good", Outcome.FAILED,
-                 measurement=Measurement(2.0, "x", 1), bound=lora_bounds["merge_equivalence"]))
-        """.replace("from pytest_lora.assertions import judge\n", "")
+        def test_mine(lora_adapter, lora_settings):
+            bound = bound_for(lora_settings, "merge_equivalence", recorded=1.0)
+            emit(CheckResult("merge_equivalence", "good", Outcome.FAILED, part="wiki",
+                 measurement=Measurement(2.0, "x", 1), bound=bound))
+        """
     )
     result = run(project, "--lora-adapter=good", "--lora-profile=lora.toml", "test_mine.py")
     [error] = errors(result)
-    assert error.startswith("::error file=lora.toml,line=3,title=merge_equivalence%3A good::")
+    assert error.startswith("::error file=lora.toml,line=3,title=merge_equivalence[wiki]%3A good::")
 
 
 def test_a_file_outside_of_the_repository_is_not_marked(

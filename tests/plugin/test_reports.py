@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +235,61 @@ def test_a_report_lost_at_the_end_is_said(
     assert [entry.name for entry in project.path.glob("*r.json*")] == []
 
 
-def test_junit_carries_the_results(project: pytest.Pytester) -> None:
-    run(project, "--lora-adapter=good", "--junitxml=junit.xml")
-    cases = ET.parse(project.path / "junit.xml").getroot().iter("testcase")
-    [case] = [case for case in cases if case.get("name", "").startswith("test_adapter_files")]
-    values = [entry.get("value", "") for entry in case.iter("property")]
-    assert json.loads(values[0])["results"][0]["check"] == "adapter_files"
+@pytest.mark.parametrize("words", [(), ("-n2",)])
+def test_junit_files_are_what_strict_readers_accept(
+    project: pytest.Pytester, words: tuple[str, ...]
+) -> None:
+    run(project, "--lora-adapter=good", "--lora-adapter=bad", "--junitxml=junit.xml", *words)
+    root = ET.parse(project.path / "junit.xml").getroot()
+    assert list(against_the_schema(root)) == []
+    assert {p.get("name"): p.get("value") for p in root.iter("property")} == {
+        "lora_verdict": "1 of 2 adapters failed, 1 passed",
+        "lora_adapters": "2",
+        "lora_passed": "5",
+        "lora_failed": "2",
+        "lora_skipped": "1",
+        "lora_inconclusive": "0",
+        "lora_error": "0",
+    }
+
+
+# What the schema of the format (JUnit 10, pytest's xunit2) has below each element.
+JUNIT_SCHEMA = {
+    "testsuites": {"testsuite"},
+    "testsuite": {"properties", "testcase", "system-out", "system-err"},
+    "properties": {"property"},
+    "testcase": {"skipped", "error", "failure", "system-out", "system-err"},
+}
+
+
+def against_the_schema(element: ET.Element) -> Iterator[str]:
+    for child in element:
+        if child.tag not in JUNIT_SCHEMA.get(element.tag, ()):
+            yield f"{child.tag} in {element.tag}"
+        yield from against_the_schema(child)
+
+
+def test_the_older_family_of_junit_has_short_properties_at_each_test(
+    project: pytest.Pytester,
+) -> None:
+    run(project, "--lora-adapter=bad", "--junitxml=junit.xml", "-ojunit_family=xunit1")
+    root = ET.parse(project.path / "junit.xml").getroot()
+    [case] = [c for c in root.iter("testcase") if "test_finite_weights" in c.get("name", "")]
+    found = {p.get("name"): p.get("value") for p in case.iter("property")}
+    assert found == {
+        "lora_check": "finite_weights",
+        "lora_adapter": "bad",
+        "lora_outcome": "failed",
+        "lora_measured": "1 problem (n=98)",
+        "lora_allowed": "at most 0 (definition of the check)",
+    }
+    assert "properties in testcase" in list(against_the_schema(root))
+
+
+def test_a_run_without_adapters_has_no_properties(project: pytest.Pytester) -> None:
+    project.makepyfile("def test_mine(): pass")
+    project.runpytest_inprocess("--junitxml=junit.xml")
+    assert list(ET.parse(project.path / "junit.xml").getroot().iter("property")) == []
 
 
 @pytest.mark.parametrize("distribution", ["load", "loadgroup"])

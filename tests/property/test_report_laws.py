@@ -17,9 +17,17 @@ import jsonschema
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_lora.errors import UsageError
 from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, Problem
+from pytest_lora.report.github import comment_text
 from pytest_lora.report.html import html_report
-from pytest_lora.report.json_report import build_report, read_report, report_schema, write_report
+from pytest_lora.report.json_report import (
+    build_report,
+    load_report,
+    read_report,
+    report_schema,
+    write_report,
+)
 from pytest_lora.report.markdown import escape, markdown_report
 from pytest_lora.report.terminal import summary_lines
 from pytest_lora.report.text import clean, explain
@@ -51,9 +59,9 @@ results = st.builds(
 ENVIRONMENT = {"versions": {"torch": None}, "platform": "x", "adapters": {}, "exit_status": 0}
 
 
-@given(st.lists(results, max_size=4), st.integers(60, 200), st.booleans(), texts)
+@given(st.lists(results, max_size=7), st.integers(40, 200), st.integers(0, 2), texts)
 def test_no_line_is_wider_than_the_terminal(
-    rows: list[CheckResult], width: int, detail: bool, about: str
+    rows: list[CheckResult], width: int, detail: int, about: str
 ) -> None:
     described = {row.adapter: about for row in rows}
     for line, _ in summary_lines(rows, described, width=width, detail=detail):
@@ -61,12 +69,19 @@ def test_no_line_is_wider_than_the_terminal(
         assert line.isprintable()
 
 
-@given(st.lists(results, max_size=4), st.integers(-10, 59))
-def test_a_narrow_terminal_is_taken_for_one_of_sixty_columns(
+@given(st.lists(results, max_size=2), st.sampled_from(["ascii", "cp437", "cp1252", "utf-8", "no"]))
+def test_every_line_can_be_shown_by_the_terminal(rows: list[CheckResult], encoding: str) -> None:
+    for line, _ in summary_lines(rows, {}, width=50, encoding=encoding):
+        line.encode("ascii" if encoding == "no" else encoding)
+        assert len(line) <= 50
+
+
+@given(st.lists(results, max_size=7), st.integers(-10, 39))
+def test_a_narrow_terminal_is_taken_for_one_of_forty_columns(
     rows: list[CheckResult], width: int
 ) -> None:
     narrow = list(summary_lines(rows, {}, width=width))
-    assert narrow == list(summary_lines(rows, {}, width=60))
+    assert narrow == list(summary_lines(rows, {}, width=40))
 
 
 @given(results)
@@ -81,7 +96,7 @@ def test_cleaning_twice_changes_nothing_more(text: str) -> None:
     assert clean(clean(text)) == clean(text)
 
 
-@given(st.lists(results, max_size=4))
+@given(st.lists(results, max_size=7))
 def test_every_report_fits_the_schema_and_keeps_its_order(rows: list[CheckResult]) -> None:
     report = build_report(rows, ENVIRONMENT)
     VALIDATOR.validate(json.loads(json.dumps(report, allow_nan=False)))
@@ -123,6 +138,10 @@ OURS = frozenset(
         "summary",
         "ul",
         "li",
+        "dl",
+        "dt",
+        "dd",
+        "strong",
         "pre",
         "code",
         "figure",
@@ -132,6 +151,8 @@ OURS = frozenset(
         "line",
         "text",
         "polyline",
+        "polygon",
+        "path",
         "rect",
         "circle",
     ]
@@ -151,10 +172,23 @@ hostile = st.sampled_from(
 bits = hostile | st.text(max_size=12)
 numbers = st.floats() | st.sampled_from(["nan", "inf", 3])
 modules = st.builds("m.{}.{}".format, st.integers(0, 99), bits)
+looks = st.fixed_dictionaries(
+    {"used": numbers, "estimate": numbers, "low": numbers, "high": st.none() | numbers}
+)
+curves = st.fixed_dictionaries(
+    {
+        "categories": st.lists(bits, min_size=1, max_size=2),
+        "columns": st.lists(st.lists(numbers, min_size=1, max_size=2), max_size=4),
+        "phases": st.lists(st.tuples(bits, numbers), max_size=3),
+    }
+)
 details = st.dictionaries(
     bits,
     st.dictionaries(modules, numbers | bits, max_size=4)
     | st.lists(st.fixed_dictionaries({"step": numbers, "rms": numbers}), max_size=4)
+    | st.lists(looks, max_size=4)
+    | st.fixed_dictionaries({"least": numbers, "most": numbers, "counts": st.lists(numbers)})
+    | curves
     | st.lists(st.dictionaries(bits, bits, max_size=2), max_size=2)
     | bits,
     max_size=3,
@@ -216,3 +250,38 @@ def test_no_data_is_markup_in_markdown(text: str) -> None:
 @given(st.lists(rich, max_size=4), st.integers(0, 3000))
 def test_markdown_is_never_longer_than_allowed(rows: list[CheckResult], limit: int) -> None:
     assert len(markdown_report(rows, ENVIRONMENT, limit=limit).encode()) <= limit
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | bits,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(bits, inner, max_size=2),
+    max_leaves=3,
+)
+
+
+def places(value: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every place in a JSON value, as the keys that lead there."""
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
+    return [path, *(place for key, item in items for place in places(item, (*path, key)))]
+
+
+@given(st.data(), results | rich, junk)
+def test_a_report_with_anything_in_any_place_is_shown_or_refused(
+    data: st.DataObject, row: CheckResult, wrong: object
+) -> None:
+    """A file from a fork may be one: that is one message, and no traceback."""
+    report = json.loads(json.dumps(build_report([row], ENVIRONMENT)))
+    *way, last = data.draw(st.sampled_from(places(report)[1:]))
+    within = report
+    for key in way:
+        within = within[key]
+    within[last] = wrong
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        path.write_text(json.dumps(report), encoding="utf-8")
+        try:
+            environment, rows = load_report(path)
+        except UsageError:
+            return
+    assert comment_text(rows, environment)

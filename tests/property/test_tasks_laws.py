@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
+from pytest_lora.baseline import Reference
+from pytest_lora.checks.learning import _paired
+from pytest_lora.data import _floor
+from pytest_lora.profile import Entry
+from pytest_lora.quantities import parse_floor
 from pytest_lora.tasks import rows
 from pytest_lora.tasks.formats import read_task
 from pytest_lora.tasks.graders import best_choice, final_number, normalise
@@ -54,6 +61,34 @@ def test_numbers_written_with_separators_are_read_back(number: int, form: str) -
 @given(st.decimals(-(10**6), 10**6, places=2))
 def test_decimals_are_read_back(number: Decimal) -> None:
     assert final_number(f"it is {number:,}") == number
+
+
+SHARES = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))
+
+
+@given(SHARES, st.integers(0, 1000))
+@example((10, 8), 100)
+@example((100, 57), 40)
+def test_exactly_the_loss_that_is_allowed_is_allowed(
+    share: tuple[int, int], thousandths: int
+) -> None:
+    """Whatever floats make of it: the least count is that of exact arithmetic."""
+    size, right = share
+    floor = parse_floor(f"baseline - {thousandths // 10}.{thousandths % 10}%")
+    needed = max(0, math.ceil(right - Fraction(thousandths * size, 1000)))
+
+    entry = Entry("tasks", "t", {"min_accuracy": floor}, {"min_accuracy": "lora.toml:3"})
+    reference = Reference(right / size, "accuracy", size, {})
+    bound = _floor(entry, False, lambda _: reference)[0]["min_accuracy"]
+    assert bound.admits(needed / size)
+    assert not needed or not bound.admits((needed - 1) / size)
+
+    def change(now: int) -> float:
+        pairs = zip([1] * right + [0] * (size - right), [1] * now + [0] * (size - now), strict=True)
+        return float(_paired(list(pairs), 0.0, 0.95)["change"])
+
+    assert change(needed) >= floor.value
+    assert not needed or change(needed - 1) < floor.value
 
 
 @given(st.lists(st.floats(-1e6, 0), min_size=2, max_size=6), st.integers(1, 50))

@@ -12,8 +12,7 @@ from adapter_maker import lora_config, lora_tensors, write_adapter, write_safete
 from raw_safetensors import one, write
 
 from pytest_lora.adapter import read_adapter
-from pytest_lora.checks import adapter_config
-from pytest_lora.checks.adapter_config import installed_peft
+from pytest_lora.checks import adapter_config, files
 from pytest_lora.checks.files import measure_adapter_files
 from pytest_lora.errors import UsageError
 from pytest_lora.locate import AdapterLocation
@@ -208,11 +207,7 @@ def test_a_newer_writer_may_be_a_note(tmp_path: Path) -> None:
 def test_without_peft_the_newest_known_rules_judge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(_: str) -> str:
-        raise adapter_config.importlib.metadata.PackageNotFoundError("peft")
-
-    monkeypatch.setattr(adapter_config.importlib.metadata, "version", absent)
-    assert installed_peft() is None
+    monkeypatch.setattr(files, "installed_version", lambda name: None)
     folder = write_adapter(tmp_path / "a", peft_version="0.99.0", use_newvariant=1)
     found = problems(folder, peft_version=None)
     assert "at most PEFT 0.21, the newest whose rules are known here" in found[0]

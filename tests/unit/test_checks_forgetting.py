@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from tiny_text import plain_nll, spoken_by
 
 from pytest_lora.adapter import read_adapter
 from pytest_lora.assertions import assert_perplexity_drift
+from pytest_lora.baseline import Baseline, Reference
 from pytest_lora.checks import forgetting
 from pytest_lora.checks.forgetting import measure_perplexity_drift
 from pytest_lora.errors import CannotRun, CheckFailed, UsageError
 from pytest_lora.nll_cache import NllCache
-from pytest_lora.records import Bound, Measurement, Outcome, collecting
+from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, collecting
 from pytest_lora.subject import BaseModel, Subject, load_base
 from pytest_lora.tasks.likelihood import Likelihoods
 
@@ -547,3 +549,131 @@ def test_the_drift_of_the_example_is_what_its_manifest_says() -> None:
     found = details(judged("dora", full=True), HELDOUT.name)
     assert math.exp(found["base_nll"]) == pytest.approx(expected["base"], rel=1e-5)
     assert math.exp(found["adapted_nll"]) == pytest.approx(expected["adapted"], rel=1e-5)
+
+
+# --------------------------------------------------------------------------- against a baseline
+
+
+def recorded(known: Subject, **options: Any) -> Reference:
+    """What a run that records keeps of a drift."""
+    found = measure(known, {"texts": TEXTS}, full=True, **options)
+    result = CheckResult(
+        "perplexity_drift",
+        "a",
+        Outcome.PASSED,
+        measurement=found,
+        bound=Bound.at_most(math.inf, "test"),
+    )
+    return Baseline("b.json").updated([result]).reference("a", "perplexity_drift")
+
+
+@pytest.fixture
+def nudged(tmp_path: Path) -> Subject:
+    """The same adapter, trained a little on: a trifle worse."""
+    known = subject(tmp_path / "later")
+    again = tiny.rewrite_weights(
+        known.adapter,
+        lambda tensors: {n: t * (1.02 if "lora_B" in n else 1) for n, t in tensors.items()},
+    )
+    return Subject(again, known.base)
+
+
+def test_the_same_adapter_is_at_its_own_baseline_to_the_bit(worse: Subject) -> None:
+    reference = recorded(worse)
+    again = measure(
+        worse, max_drift=reference.value, reference=reference, max_unseen=0.0, divergence=0
+    )
+    assert again.value == reference.value
+    assert again.low is None
+    assert Bound.at_most(reference.value, "test").judge(again) is Outcome.PASSED
+
+
+def test_pairs_decide_with_fewer_documents_than_the_base_does(
+    worse: Subject, nudged: Subject
+) -> None:
+    reference = recorded(worse)
+    limit = reference.value + 0.1
+    alone = measure(nudged, max_drift=limit, alpha=0.01)
+    paired = measure(nudged, max_drift=limit, alpha=0.01, reference=reference)
+    seen, seen_in_pairs = (details(found)["documents"]["seen"] for found in (alone, paired))
+    assert seen_in_pairs < seen
+    assert paired.high is not None
+    assert paired.high <= limit
+    whole = measure(nudged)
+    assert paired.low is not None
+    assert paired.low <= whole.value <= paired.high
+    since = details(paired)["baseline"]
+    assert since["paired"] is True
+    assert since["change"] == pytest.approx(paired.value - reference.value)
+
+
+def test_a_regression_since_the_baseline_fails(worse: Subject, nudged: Subject) -> None:
+    reference = recorded(worse)
+    true = measure(nudged).value - reference.value
+    assert 0 < true < 0.1, "the fault has to be one that the base alone would not show"
+    limit = Bound.at_most(reference.value + true / 4, "baseline")
+    with pytest.raises(CheckFailed):
+        assert_perplexity_drift(nudged, TEXTS, max_drift=limit, reference=reference)
+    better = recorded(nudged)
+    assert_perplexity_drift(
+        worse, TEXTS, max_drift=Bound.at_most(better.value, "baseline"), reference=better
+    )
+
+
+def test_all_documents_give_the_drift_whatever_it_is_compared_with(
+    worse: Subject, nudged: Subject
+) -> None:
+    reference = recorded(worse)
+    whole = measure(nudged, full=True, max_drift=9.0, reference=reference)
+    assert whole.value == measure(nudged).value
+    change, (low, high) = (details(whole)["baseline"][key] for key in ("change", "for_the_domain"))
+    assert low < change < high
+    assert high - low < sum(details(whole)["for_the_domain"]) * 0.5, "pairs vary less"
+
+
+def test_a_declared_limit_of_documents_is_about_the_base_and_so_not_paired(worse: Subject) -> None:
+    reference = recorded(worse)
+    found = measure(
+        worse, max_drift=reference.value + 1, max_document_drift=50.0, reference=reference
+    )
+    assert details(found)["baseline"]["paired"] is False
+    assert found.value <= reference.value + 1
+
+
+def test_a_reference_without_likelihoods_still_bounds_the_drift(worse: Subject) -> None:
+    reference = replace(recorded(worse), items={"0": 3.0})
+    found = measure(worse, max_drift=reference.value + 1, reference=reference)
+    assert details(found)["baseline"]["paired"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"texts": TEXTS[1:]}, "texts was"),
+        ({"window": 16}, "definition.stride was .* and is 16"),
+        ({"prefix": None}, "definition.prefix was 1 and is absent"),
+    ],
+)
+def test_a_baseline_of_another_definition_is_refused(
+    worse: Subject, options: dict[str, Any], named: str
+) -> None:
+    reference = recorded(worse)
+    texts = {"texts": options.pop("texts", TEXTS)}
+    with pytest.raises(CannotRun, match=f"not comparable: {named}"):
+        measure(worse, texts, reference=reference, max_drift=9.0, **options)
+
+
+def test_a_baseline_of_another_base_is_refused(worse: Subject, tmp_path: Path) -> None:
+    reference = recorded(worse)
+    known = tiny.save_adapter(tiny.llama(), tmp_path / "same")
+    base = tiny.llama()
+    with torch.no_grad():
+        base.lm_head.weight[0, 0] += 1
+    other = Subject(known, BaseModel.from_module(base, tokenizer=TOKENIZER))
+    with pytest.raises(CannotRun, match="not comparable: base was"):
+        measure(other, reference=reference, max_drift=9.0)
+
+
+def test_a_reference_is_of_one_domain(worse: Subject) -> None:
+    with pytest.raises(UsageError, match="one domain, and here are a, b"):
+        measure(worse, {"a": TEXTS, "b": TEXTS[:9]}, reference=recorded(worse))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,17 @@ from tiny_chat import ADAPTERS, example_subject, head_of, mutated
 from transformers import AutoModelForCausalLM
 
 from pytest_lora.assertions import assert_task_accuracy
+from pytest_lora.baseline import Baseline, Reference
 from pytest_lora.checks.learning import measure_task_accuracy, measure_task_change
-from pytest_lora.errors import CheckFailed, UsageError
+from pytest_lora.errors import CannotRun, CheckFailed, UsageError
 from pytest_lora.loading import load_tokenizer, quiet
-from pytest_lora.records import Bound, Measurement, Outcome, collecting
+from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, collecting
 from pytest_lora.stats.proportions import wilson_interval
 from pytest_lora.subject import Subject
 from pytest_lora.tasks.configure import task_from_config
 from pytest_lora.tasks.graders import GRADERS
 from pytest_lora.tasks.records import Task, TaskItem
-from pytest_lora.tasks.scoring import excerpt
+from pytest_lora.tasks.scoring import ItemScore, ItemScorer, excerpt
 
 pytestmark = NEEDS_EXAMPLE
 
@@ -92,9 +95,9 @@ def test_a_whole_evaluation_is_exact_and_agrees_with_the_sequential_one(subject:
     assert early.low is not None
     assert early.high is not None
     assert early.low <= whole.value <= early.high
-    scores: Any = whole.details["scores"]
+    scores: Any = whole.details["by_item"]
     assert whole.value == sum(scores.values()) / 20
-    subset: Any = early.details["scores"]
+    subset: Any = early.details["by_item"]
     assert subset.items() <= scores.items()
 
 
@@ -233,6 +236,28 @@ def test_grades_between_wrong_and_right_need_every_item(subject: Subject) -> Non
     assert change.value == pytest.approx(base["change"])
 
 
+def test_losing_exactly_what_may_be_lost_passes(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 of 10 after 8 of 10, in floats, is a loss of more than 0.1."""
+    right = {False: 7, True: 8}
+
+    class Scripted(ItemScorer):
+        def __init__(self, *given: Any, base: bool = False, **options: Any) -> None:
+            super().__init__(*given, base=base, **options)
+            self.right = right[base]
+
+        def scores(self, indices: Sequence[int]) -> list[ItemScore]:
+            return [ItemScore(index, float(index < self.right), None) for index in indices]
+
+    monkeypatch.setattr("pytest_lora.checks.learning.ItemScorer", Scripted)
+    measured = assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+    assert measured.value == -0.1
+    right[False] = 6
+    with pytest.raises(CheckFailed):
+        assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+
+
 class Kept(dict[str, float]):
     """The simplest store."""
 
@@ -257,7 +282,7 @@ def test_an_interrupted_run_goes_on(subject: Subject, task: Task) -> None:
         measure_task_accuracy(subject, task, store=store, progress=stop)
     again = measure_task_accuracy(subject, task, store=store)
     assert again.details["computed"] == 8
-    assert (again.value, again.details["scores"]) == (whole.value, whole.details["scores"])
+    assert (again.value, again.details["by_item"]) == (whole.value, whole.details["by_item"])
     assert measure_task_accuracy(subject, task, store=store).details["computed"] == 0
     before = len(store)
     other = task.with_rules(template="{prompt} ")
@@ -331,3 +356,68 @@ def test_nothing_is_left_behind(subject: Subject) -> None:
     assert subject.base.verify() == ()
     assert not any(m._forward_pre_hooks for m in subject.base.module.modules())
     assert torch.is_grad_enabled()
+
+
+# ------------------------------------------------------------------------ against a baseline
+
+
+def reference_of(measured: Measurement, **changes: Any) -> Reference:
+    result = CheckResult(
+        "task_accuracy",
+        "a",
+        Outcome.PASSED,
+        measurement=measured,
+        bound=Bound.at_least(0, "test"),
+        part="problems",
+    )
+    found = Baseline("b.json").updated([result]).reference("a", "task_accuracy[problems]")
+    return replace(found, **changes)
+
+
+def test_a_recorded_accuracy_takes_the_place_of_the_base(subject: Subject) -> None:
+    task = part(PROBLEMS, 16)
+    reference = reference_of(measure_task_accuracy(subject, task))
+    same = measure_task_change(subject, task, reference=reference, domain=True)
+    assert (same.value, same.count) == (0, 16)
+    assert same.low is not None
+    assert same.high is not None
+    assert same.low < 0 < same.high
+    bare = measure_task_change(mutable(subject), task, reference=reference)
+    assert bare.value < -0.5
+    details: Any = bare.details["baseline"]
+    assert details["gained"] == 0
+    assert details["lost"] == round(-16 * bare.value)
+
+
+def test_an_early_verdict_compares_the_items_it_saw(subject: Subject) -> None:
+    task = part(PROBLEMS, 20)
+    reference = reference_of(measure_task_accuracy(subject, task))
+    early = measure_task_accuracy(subject, task, min_accuracy=0.5, reference=reference)
+    assert early.count < 20
+    details: Any = early.details["baseline"]
+    assert details["items"] == early.count
+    assert (details["gained"], details["lost"]) == (0, 0)
+    assert details["accuracy"] == reference.value
+
+
+def test_another_task_or_rule_is_refused(subject: Subject) -> None:
+    task = part(PROBLEMS, 4)
+    reference = reference_of(measure_task_accuracy(subject, task))
+    with pytest.raises(CannotRun, match=r"not comparable: rules\.max_new_tokens was 24 and is 25"):
+        measure_task_accuracy(subject, task.with_rules(max_new_tokens=25), reference=reference)
+
+
+def test_a_recorded_change_is_no_recorded_accuracy(subject: Subject) -> None:
+    """A floor such as -0.07 - 0.05 would let everything pass."""
+    task = part(PROBLEMS, 4)
+    reference = reference_of(measure_task_change(subject, task))
+    for measure in (measure_task_accuracy, measure_task_change):
+        with pytest.raises(CannotRun, match="unit was 'accuracy, adapter minus base' and is"):
+            measure(subject, task, reference=reference)
+
+
+def test_a_change_in_the_domain_needs_every_score(subject: Subject) -> None:
+    task = part(PROBLEMS, 4)
+    kept = reference_of(measure_task_accuracy(subject, task), items={})
+    with pytest.raises(CannotRun, match="holds the scores of 0 of 4 items"):
+        measure_task_change(subject, task, reference=kept)

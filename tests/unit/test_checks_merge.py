@@ -31,6 +31,8 @@ OURS = Bound.at_most(1, "test")
 class StandIn:
     """As much of a subject as the merge checks use: a model, its inputs, its outputs."""
 
+    inputs_fact = "given"
+
     def __init__(self, model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         self.model, self.inputs = model.eval(), inputs
         self.base = type("Base", (), {"dtype": dtype})

@@ -543,7 +543,7 @@ def test_overflow_in_the_merged_model_is_named() -> None:
     merged = wide.half()
     merged[0, 1] = math.inf
     errors = Errors.of(merged, wide.half(), wide, typical=False)
-    measured = reload._judged(errors, merged, None, "")
+    measured = reload._judged(errors, merged, None, "", {})
     assert measured.value == math.inf
     assert str(measured.problems[0]).startswith(
         "the merged model in float16: 1 of 6 outputs are not finite"
@@ -565,7 +565,7 @@ def test_few_outputs_are_judged_in_more_rows(folders: dict[str, Path], tmp_path:
 def test_both_as_good_as_their_format_is_told() -> None:
     wide = torch.ones(2, 3, dtype=torch.float64)
     errors = Errors.of(wide.float(), wide.float(), wide, typical=False)
-    measured = reload._judged(errors, wide.float(), None, "a remark")
+    measured = reload._judged(errors, wide.float(), None, "a remark", {})
     assert measured.value == 0
     assert measured.notes[0] == "a remark"
     assert "as close to the reference as their format allows" in measured.notes[1]

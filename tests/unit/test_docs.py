@@ -7,64 +7,38 @@ import importlib.util
 import itertools
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapter_maker import write_adapter
 from example import EXAMPLE, NEEDS_EXAMPLE, ROOT
+from pages import PAGES, Block, blocks
 
 import pytest_lora
 from pytest_lora import suite
 from pytest_lora.catalog import CHECKS, Need
 from pytest_lora.settings import option_name, table
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("fixtures/*.md")])
 IDS = [spec.id for spec in CHECKS]
 OPTIONS = {option_name(name) for name, _ in table()} | {
     "--lora-list-checks",
     "--lora-init",
+    "--lora-update-baseline",
+    "--lora-update-baseline-in-ci",
     "--lora-contract",
     "--lora-contract-depth",
 }
-FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.S | re.M
-)
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 NEEDS_MODEL = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="needs the model libraries"
 )
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its page, the line of its fence, its language and its text."""
-
-    page: Path
-    line: int
-    language: str
-    code: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks(*languages: str) -> list[Block]:
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in FENCE.finditer(text):
-            line = text.count("\n", 0, match.start()) + 1
-            if match["language"] in languages:
-                indent = len(match["indent"])
-                lines = (row[indent:] for row in match["code"].splitlines())
-                found.append(Block(page, line, match["language"], "\n".join(lines) + "\n"))
-    return found
 
 
 def commands() -> list[tuple[Block, str]]:
@@ -96,15 +70,23 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 @NEEDS_MODEL
 @NEEDS_EXAMPLE
+@pytest.mark.usefixtures("model_libraries")
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_python_examples_run(block: Block, tmp_path: Path) -> None:
-    path = tmp_path / "test_example.py"
+def test_python_examples_run(
+    block: Block, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: most need the model libraries, which take longer to import than to use."""
+    path = pytester.path / "test_of_a_page.py"
     path.write_text(block.code, encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "")
     if re.search(r"^def test_", block.code, re.M):
-        done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(path))
-    else:
-        done = python("-W", "ignore", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
+        words = ["-q", "-p", "no:cacheprovider", "-W", "error", str(path)]
+        assert pytester.runpytest_inprocess(*words).ret == pytest.ExitCode.OK
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("toml") if "[tool.pytest" in b.code], ids=str)
@@ -155,6 +137,7 @@ RUNS_PYTEST = re.compile(r"^(python -m )?pytest( |$)")
 RUNS_NOX = re.compile(r"^(python -m )?nox( |$)")
 INSTALLS = re.compile(r"^(python -m )?pip install ")
 RUNS_SCRIPT = re.compile(r"^python (-m )?(?P<script>[\w/.]+)( |$)")
+RUNS_SHELL = re.compile(r"^sh (?P<script>[\w/.-]+)( |$)")
 PLAIN = re.compile(r"^(git clone|cd|\.|python -m venv) ")
 
 
@@ -166,13 +149,25 @@ def test_commands_name_only_what_exists(block: Block, command: str) -> None:
         check_nox(command)
     elif RUNS_PYTEST.match(command):
         shlex.split(command)
+    elif command.startswith("pytest-lora "):
+        check_own(command)
     elif PLAIN.match(command) or command == ".ci/run":
         pass
+    elif script := RUNS_SHELL.match(command):
+        assert any((folder / script["script"]).is_file() for folder in (ROOT, block.page.parent))
     elif script := RUNS_SCRIPT.match(command):
         name = script["script"]
         assert (ROOT / name).exists() or (ROOT / name.replace(".", "/")).is_dir(), command
     else:
         pytest.fail(f"{block}: what is {command!r}?")
+
+
+def check_own(command: str) -> None:
+    """The console script takes these arguments."""
+    from pytest_lora.cli import _parser
+
+    given, further = _parser().parse_known_args(shlex.split(command)[1:])
+    assert not further or given.command == "check"
 
 
 def check_install(command: str) -> None:
@@ -211,7 +206,7 @@ def test_the_first_command_of_the_readme_judges_the_example() -> None:
     assert command.startswith("python -m pytest ")
     done = python("-m", "pytest", *shlex.split(command)[3:], "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
-    once = [spec.id for spec in CHECKS if not spec.per]
+    once = [spec.id for spec in CHECKS if not spec.per and not spec.opt_in]
     assert f"{len(once)} passed" in done.stdout or " skipped" in done.stdout
     for check in once:
         assert re.search(rf"^  {check} +(pass|skip)", done.stdout, re.M), done.stdout

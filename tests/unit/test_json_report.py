@@ -125,7 +125,8 @@ def test_a_report_is_readable_as_other_files_are(tmp_path: Path) -> None:
 
 
 GOOD = json.dumps(build_report(RESULTS, ENVIRONMENT))
-RESULT = RESULTS[1].to_dict()
+RESULT: dict[str, Any] = RESULTS[1].to_dict()
+MEASURED: dict[str, Any] = RESULT["measurement"]
 
 
 def changed(**changes: Any) -> str:
@@ -149,7 +150,28 @@ def changed(**changes: Any) -> str:
         (json.dumps({"schema": SCHEMA_ID, "results": [1]}), "TypeError"),
         (changed(outcome="fine"), "'fine' is not a valid Outcome"),
         (changed(measurement={"value": 1}), "KeyError('low')"),
-        (changed(measurement={**RESULTS[1].to_dict()["measurement"], "value": "x"}), "no number"),  # type: ignore[dict-item]
+        (changed(measurement={**MEASURED, "value": "x"}), "no number"),
+        (changed(reason=5), "reason is of type int, expected str"),
+        (changed(check=None), "check is of type NoneType, expected str"),
+        (changed(outcome=[]), "outcome is of type list, expected str"),
+        (changed(seconds="soon"), "no number"),
+        (changed(part=[]), "part is of type list, expected str"),
+        (changed(measurement=[]), "TypeError"),
+        (changed(measurement={**MEASURED, "details": []}), "details is of type list"),
+        (changed(measurement={**MEASURED, "value": 10**400}), "value is larger than any float"),
+        (changed(measurement={**MEASURED, "value": True}), "value is of type bool"),
+        (changed(measurement={**MEASURED, "low": [], "high": 1}), "low is of type list"),
+        (changed(measurement={**MEASURED, "count": 1.5}), "count is of type float, expected int"),
+        (changed(measurement={**MEASURED, "where": 1}), "where is of type int, expected str"),
+        (changed(measurement={**MEASURED, "unit": {}}), "unit is of type dict, expected str"),
+        (
+            changed(measurement={**MEASURED, "details": {"problems": [{"where": 1, "found": ""}]}}),
+            "where is of type int, expected str",
+        ),
+        (changed(measurement={**MEASURED, "details": {"problems": [{"x": ""}]}}), "TypeError"),
+        (changed(bound={"low": 0, "high": 1, "origin": 3}), "origin is of type int, expected str"),
+        (changed(bound={"low": 0, "high": -(10**400), "origin": ""}), "high is larger than any"),
+        (json.dumps({"schema": SCHEMA_ID, "environment": [], "results": []}), "environment is of"),
         (changed(bound={"low": None, "high": None, "origin": ""}), "lower or an upper"),
     ],
 )

@@ -40,7 +40,7 @@ FILE_CHECKS = (
     "checks.witness",
 )
 # Records, tables and pictures of memory: no tensors.
-PLAIN_MEMORY = ("advice", "allocator", "golden", "plot", "profiles", "records")
+PLAIN_MEMORY = ("advice", "allocator", "golden", "patching", "plot", "profiles", "records")
 # A module may import from its own floor and from those below.  The longest prefix counts, so that
 # a module can be placed apart from its folder.
 ROOMS = {
@@ -52,8 +52,11 @@ ROOMS = {
     "settings": Room(0),
     "profile": Room(0),
     "toml_places": Room(0),
+    "names": Room(0),
+    "installed": Room(0),
     "sizes": Room(0),
     "_argv": Room(0),
+    "atomic": Room(0),
     "strict_json": Room(1),
     "safetensors_header": Room(1),
     "locate": Room(1, frozenset({"huggingface_hub"})),
@@ -68,6 +71,7 @@ ROOMS = {
     "memory": Room(2, MODEL | {"bitsandbytes"}),
     **{f"memory.{name}": Room(1) for name in PLAIN_MEMORY},
     "structure": Room(2, MODEL),
+    "offload": Room(2, MODEL | {"accelerate"}),
     "loading": Room(2, MODEL | {"huggingface_hub"}),
     "probe": Room(2, MODEL),
     "attach": Room(2, MODEL),
@@ -89,9 +93,11 @@ ROOMS = {
     **dict.fromkeys(FILE_CHECKS, Room(3)),
     "assertions": Room(4, MODEL),
     "memory_assertions": Room(4, frozenset({"torch"})),
+    "memory_command": Room(4, frozenset({"peft"})),
     "run": Room(4, MODEL),
     "training": Room(4, MODEL),
-    "baseline": Room(4),
+    "parity": Room(4, MODEL),
+    "baseline": Room(1),
     "folders": Room(1, frozenset({"torch", "safetensors"})),
     "tiny_models": Room(2, MODEL),
     "strategies": Room(4, frozenset({"hypothesis"}) | MODEL),
@@ -102,10 +108,12 @@ ROOMS = {
     "fixtures": Room(5, frozenset({"pytest", "torch"})),
     "suite": Room(5, frozenset({"pytest"})),
     "collection": Room(5, frozenset({"pytest"})),
+    "devices": Room(0),
     "distribution": Room(5, frozenset({"pytest", "xdist"})),
     "progress": Room(5, frozenset({"pytest"})),
     "contract_suite": Room(5, frozenset({"pytest", "hypothesis"})),
     "running": Room(5, frozenset({"pytest"})),
+    "carried": Room(5, frozenset({"pytest"})),
     "gpu_tests": Room(5, frozenset({"pytest", "torch"})),
     "plugin": Room(6, frozenset({"pytest"})),
     "cli": Room(6, frozenset({"pytest"})),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,11 @@ pytest.importorskip("lm_eval")
 from example import EXAMPLE, FIXTURES, NEEDS_EXAMPLE
 
 from pytest_lora.adapter import read_adapter
+from pytest_lora.baseline import FACTS, Reference, flat
+from pytest_lora.checks.learning import measure_task_accuracy
 from pytest_lora.errors import CannotRun, UsageError
+from pytest_lora.nll_cache import NllCache, Scores
+from pytest_lora.records import Measurement
 from pytest_lora.subject import Subject, load_base
 from pytest_lora.tasks import lm_eval_bridge as bridge
 from pytest_lora.tasks.lm_eval_bridge import LmEvalRun, LmEvalTask, load_lm_eval_tasks
@@ -222,6 +228,85 @@ def test_a_task_file_is_read(subject: Subject, data: Path) -> None:
     assert (task.name, task.version, task.items) == ("from_file", "3.5", ITEMS)
 
 
+# ------------------------------------------------------------------- what a number depends on
+
+
+def _pattern(spec: dict[str, Any], pattern: str) -> dict[str, Any]:
+    [letters] = spec["filter_list"]
+    regex = letters["filter"][0] | {"regex_pattern": pattern}
+    return spec | {"filter_list": [letters | {"filter": [regex, *letters["filter"][1:]]}]}
+
+
+def test_another_filter_is_another_task_to_the_cache_and_to_a_baseline(
+    subject: Subject, data: Path, tmp_path: Path
+) -> None:
+    """Whether no letter was found is the answer: the pattern alone decides whether it is right."""
+    spec = writing(data) | {"doc_to_target": "{{''}}"}
+    kept = Scores(NllCache(tmp_path), "own")
+
+    def measure(pattern: str, store: Scores | None = kept) -> Measurement:
+        task = bridge.lm_eval_task("own", _pattern(spec, pattern), limit=3)
+        return measure_task_accuracy(subject, task, store=store)
+
+    first, other = measure("([a-z])"), measure("(ZZZ)")
+    assert first.value < other.value == 1.0
+    assert (first.details["computed"], other.details["computed"]) == (3, 3)
+    assert measure("(ZZZ)").details["computed"] == 0
+    reference = Reference(first.value, first.unit, first.count, flat(facts_of(first)))
+    reference.require(facts_of(measure("([a-z])", None)))
+    with pytest.raises(CannotRun, match=r"rules\.lm_eval\.configuration was '\w+' and is '\w+'"):
+        reference.require(facts_of(other))
+
+
+def facts_of(measured: Measurement) -> Any:
+    return measured.details[FACTS]
+
+
+def test_the_digest_follows_what_decides_and_not_where_data_lies(
+    data: Path, tmp_path: Path
+) -> None:
+    spec = configuration(data)
+    shutil.copy(data / "items.jsonl", tmp_path)
+    plain = only(spec).configuration
+    assert only(configuration(tmp_path, task="renamed")).configuration == plain
+    others = [
+        {"metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]},
+        {"doc_to_text": "{{question}}?"},
+        {"doc_to_target": lambda row: row["answer"]},
+        {"doc_to_target": lambda row: row["answer"] - 1},
+        {"doc_to_target": functools.partial(_answer, 0)},
+        {"doc_to_target": functools.partial(_answer, 1)},
+        {"target_delimiter": ""},
+        {"num_fewshot": 1},
+    ]
+    found = [plain, *(only(spec | other).configuration for other in others)]
+    assert len(set(found)) == len(found)
+    writings = [
+        writing(data),
+        writing(data) | {"generation_kwargs": {"until": ["."], "do_sample": False}},
+    ]
+    assert len({only(one).configuration for one in writings}) == 2
+
+
+def _answer(more: int, row: dict[str, Any]) -> int:
+    return int(row["answer"]) + more - more
+
+
+def test_a_function_of_a_task_file_counts_with_what_it_calls(data: Path) -> None:
+    path, helpers = data / "graded.yaml", data / "helpers.py"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in configuration(data).items()]
+    path.write_text("\n".join(lines).replace('"answer"', "!function helpers.target"))
+    found = []
+    for number in range(2):
+        helpers.write_text(
+            f"def of(row):\n    return row['answer'] + {number} - {number}\n"
+            "def target(row):\n    return of(row)\n"
+        )
+        os.utime(helpers, (number, number))
+        found.append(only(path).configuration)
+    assert found[0] != found[1]
+
+
 # --------------------------------------------------------------------------------------- misuse
 
 
@@ -237,7 +322,7 @@ def test_a_name_that_is_no_task_gets_its_neighbour(monkeypatch: pytest.MonkeyPat
             assert include_defaults
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
-    with pytest.raises(UsageError, match=r"no task 'hellaswagg'.*did you mean hellaswag\?"):
+    with pytest.raises(UsageError, match=r"no task 'hellaswagg'.*did you mean 'hellaswag'"):
         load_lm_eval_tasks("hellaswagg")
 
 

@@ -82,7 +82,13 @@ def test_an_explicit_base_wins(llama: Path, gpt2: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("./nothing", "no such directory"), ("{tmp}", "no config.json there")]
+    ("name", "message"),
+    [
+        ("./nothing", "no such directory"),
+        ("{tmp}", "no config.json there"),
+        ("./" + "x" * 300, "no such directory"),
+        ("~nobody-of-that-name/base", "no such directory"),
+    ],
 )
 def test_an_explicit_base_that_is_none(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -91,7 +97,13 @@ def test_an_explicit_base_that_is_none(tmp_path: Path, name: str, message: str) 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [(None, "names no base model"), ("../gone/base", "not on this machine")],
+    [
+        (None, "names no base model"),
+        ("../gone/base", "not on this machine"),
+        ("org/" + "x" * 300, "nor to be had from the hub"),
+        ("a\0b", "not on this machine"),
+        ("~nobody-of-that-name/base", "not on this machine"),
+    ],
 )
 def test_a_base_that_is_nowhere(tmp_path: Path, name: str | None, message: str) -> None:
     adapter = described(tmp_path, base_model_name_or_path=name)
@@ -401,6 +413,11 @@ def test_code_in_the_base_is_never_run(copied: Path) -> None:
 def test_a_broken_configuration(copied: Path, text: str, message: str) -> None:
     (copied / "config.json").write_text(text)
     assert message in refusal(copied)
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(CannotRun, match=r"config\.json: there is no such file$"):
+        loading.base_config(tmp_path)
 
 
 def test_a_class_the_model_type_has_not(tmp_path: Path) -> None:

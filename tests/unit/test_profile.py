@@ -68,14 +68,14 @@ def test_what_a_section_says_of_an_entry_wins_and_is_named(tmp_path: Path) -> No
         "max_drift": f"max_drift in {tmp_path / 'lora.toml'}:14",
     }
     [task] = found.entries("tasks", "math-v3")
-    assert task.get("min_accuracy") == Floor(0.1, of_base=True)
+    assert task.get("min_accuracy") == Floor(0.1, to="base")
     assert task.origins["min_accuracy"].endswith(":17")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[sources.wiki]\npath = 'a'\nmax_drfit = 1", r":3: .* did you mean 'max_drift'\?"),
+        ("[sources.wiki]\npath = 'a'\nmax_drfit = 1", r":3: .* .did you mean 'max_drift'\?"),
         ("[sources.wiki]\nmax_drift = 1", r"\[sources.wiki\] has no 'path': the texts"),
         ("[sources.wiki]\npath = 3", r"path in .*:2: got 3, expected a non-empty text"),
         ("[sources.wiki]\npath = 'a'\nmax_drift = 'x'", r":3: got 'x', expected nats per token"),

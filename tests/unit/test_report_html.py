@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chrome import NEEDS_CHROMIUM, look_at, picture
+from chrome import NEEDS_CHROMIUM, Browser, browser
 
 from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, Problem
 from pytest_lora.report.charts import Point, histogram, line_chart, plane
 from pytest_lora.report.figures import figures
-from pytest_lora.report.html import html_report
+from pytest_lora.report.html import SIZE_LIMIT, html_report
 from pytest_lora.report.markup import Markup, tag
 
 EVIL = "</title><script>alert(1)</script>\"'><img src=http://x.invalid/a onerror=b()>\x1b[2J\n&amp;"
@@ -75,6 +78,44 @@ def rich(adapter: str, outcome: Outcome = Outcome.PASSED) -> list[CheckResult]:
     ]
 
 
+def gates(adapter: str) -> list[CheckResult]:
+    """What the checks on data leave, with the evidence that is drawn."""
+    looks = [{"used": n, "estimate": 1 / n, "low": -9 / n, "high": 9 / n} for n in range(1, 25)]
+    looks[0]["low"], looks[0]["high"] = None, None
+    curve = {
+        "categories": ["frozen", "forward"],
+        "phases": [["forward", 3], ["backward", 2]],
+        "columns": [[2**30, i * 2**28] for i in (1, 2, 3, 2, 1)],
+    }
+    worst = [{"document": EVIL, "drift": 0.3, "excerpt": EVIL}]
+    details: dict[str, Any] = {
+        "domains": {"wiki": {"path": looks, "worst": worst}},
+        "distribution": {"least": 0.0, "median": 0.1, "most": 0.2, "counts": [4, 5]},
+        "curve": curve,
+    }
+    drift = Measurement(0.1, "nats per token", 9, low=0.0, high=0.2, details=details)
+    failing = {"failing": [{"id": 1, "prompt": EVIL, "answer": EVIL}]}
+    score = Measurement(0.4, "accuracy", 9, low=0.3, high=0.5, details=failing)
+    return [
+        CheckResult(
+            "perplexity_drift",
+            adapter,
+            Outcome.PASSED,
+            measurement=drift,
+            bound=Bound.at_most(0.3, EVIL),
+            part="wiki",
+        ),
+        CheckResult(
+            "task_accuracy",
+            adapter,
+            Outcome.FAILED,
+            measurement=score,
+            bound=Bound.at_least(0.6, EVIL),
+            part=EVIL,
+        ),
+    ]
+
+
 def page_of(*results: CheckResult) -> Reader:
     return Reader(html_report(results, ENVIRONMENT))
 
@@ -130,6 +171,18 @@ def test_tables_tell_screen_readers_what_their_cells_belong_to() -> None:
 def test_ten_adapters_stay_below_a_megabyte() -> None:
     results = [row for i in range(10) for row in rich(f"adapter-{i}", Outcome.FAILED)]
     assert len(html_report(results, ENVIRONMENT).encode()) < 1_000_000
+
+
+def test_evidence_of_passes_gives_way_where_the_page_would_be_too_large() -> None:
+    results = [row for i in range(10) for row in rich(f"adapter-{i}")]
+    whole = html_report(results[:2], ENVIRONMENT)
+    assert "All numbers" in whole
+    assert "checks that passed are in the JSON report" not in whole
+    many = [replace(row, adapter=f"a{i}-{row.adapter}") for i in range(8) for row in results]
+    page = html_report([*many, *rich("bad", Outcome.FAILED)], ENVIRONMENT)
+    assert len(page.encode()) <= SIZE_LIMIT
+    assert page.count("All numbers") == 1, "what failed keeps all of its evidence"
+    assert "Pictures and numbers of checks that passed are in the JSON report." in page
 
 
 @pytest.mark.parametrize("outcome", Outcome)
@@ -225,9 +278,9 @@ def test_charts_keep_within_their_frame(scale: float) -> None:
         assert chart is not None
         for tag_, attributes in Reader(chart).elements:
             for key in ("x", "x1", "x2", "cx"):
-                assert 0 <= float(attributes.get(key) or 0) <= 560, tag_
+                assert 0 <= float(attributes.get(key) or 0) <= 620, tag_
             for key in ("y", "y1", "y2", "cy"):
-                assert 0 <= float(attributes.get(key) or 0) <= 260, tag_
+                assert 0 <= float(attributes.get(key) or 0) <= 400, tag_
 
 
 def test_nothing_finite_is_no_chart() -> None:
@@ -253,8 +306,8 @@ def test_of_a_check_made_twice_the_matrix_shows_the_worst() -> None:
 
 
 def test_what_was_learned_stands_against_what_was_forgotten() -> None:
-    def row(check: str, value: float, bound: Bound) -> CheckResult:
-        measured = Measurement(value, "x", 9, low=value - 0.1, high=value + 0.1)
+    def row(check: str, value: float, bound: Bound, unit: str = "x") -> CheckResult:
+        measured = Measurement(value, unit, 9, low=value - 0.1, high=value + 0.1)
         return CheckResult(check, "good", Outcome.PASSED, measurement=measured, bound=bound)
 
     forgot = row("perplexity_drift", 0.1, Bound.at_most(0.3, "mine"))
@@ -263,40 +316,191 @@ def test_what_was_learned_stands_against_what_was_forgotten() -> None:
     assert "Learned and forgotten" in page
     assert page.count('class="limit"') == 2
     assert page.count('class="whisker"') == 2
+    assert page.count('class="allowed"') == 1
     assert "Learned and forgotten" not in html_report([forgot], ENVIRONMENT)
+    gained = row(
+        "task_accuracy", -0.1, Bound.at_least(-0.2, "mine"), "accuracy, adapter minus base"
+    )
+    both = html_report([forgot, learned, gained], ENVIRONMENT)
+    assert both.count('class="allowed"') == 2, "accuracies and gains have axes of their own"
 
 
 # ---------------------------------------------------------------------------------- real browser
 
 
-@NEEDS_CHROMIUM
-def test_a_browser_has_nothing_to_complain_of_and_nothing_to_fetch(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    results = [*rich("good"), *rich(EVIL, Outcome.FAILED)]
-    page.write_text(html_report(results, ENVIRONMENT), encoding="utf-8")
-    seen = look_at(page, tmp_path)
-    assert seen.console == []
-    assert seen.requests == []
-    assert seen.dom.count("<section") == 3
-    assert "<script" not in seen.dom
-    assert "<img" not in seen.dom
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with everything that can be drawn, one adapter sound and one hostile."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    results = [*rich("good"), *gates("good"), *rich(EVIL, Outcome.FAILED), *gates(EVIL)]
+    path.write_text(html_report(results, ENVIRONMENT), encoding="utf-8")
+    return path
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "light": {},
+    "dark": {"dark": True},
+    "narrow": {"width": 320, "height": 640},
+    "print": {"media": "print", "width": 800},
+    "dark-on-paper": {"media": "print", "width": 800, "dark": True},
+}
+EVERY_LOOK = pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+UNFOLD = "document.querySelectorAll('details').forEach(part => part.open = true)"
 
 
 @NEEDS_CHROMIUM
-def test_the_browser_would_have_told(tmp_path: Path) -> None:
-    page = tmp_path / "evil.html"
-    page.write_text('<!doctype html><img src="http://127.0.0.1:9/x.png"><script>no()</script>')
-    seen = look_at(page, tmp_path)
-    assert seen.requests == ["http://127.0.0.1:9/x.png"]
-    assert any("no is not defined" in line for line in seen.console)
+def test_a_browser_has_nothing_to_complain_of_and_nothing_to_fetch(
+    chromium: Browser, page: Path
+) -> None:
+    chromium.console.clear()
+    chromium.requests.clear()
+    chromium.open(page)
+    assert chromium.console == []
+    assert chromium.requests == []
+    found = "[...new Set([...document.querySelectorAll('*')].map(part => part.localName))]"
+    assert not set(chromium.evaluate(found)) & {"script", "img", "iframe", "object", "form"}
+    assert chromium.evaluate("document.querySelectorAll('section').length") == 4
 
 
 @NEEDS_CHROMIUM
-def test_the_page_is_dark_for_who_wants_it_dark(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    page.write_text(html_report(rich("good"), ENVIRONMENT), encoding="utf-8")
-    for dark in (False, True):
-        picture(page, tmp_path / f"{dark}.png", tmp_path, dark=dark)
-    light, dark_ = ((tmp_path / f"{dark}.png").read_bytes() for dark in (False, True))
-    assert light.startswith(b"\x89PNG")
-    assert light != dark_
+def test_the_browser_would_have_told(chromium: Browser, tmp_path: Path) -> None:
+    evil = tmp_path / "evil.html"
+    evil.write_text('<!doctype html><img src="http://127.0.0.1:9/x.png"><script>no()</script>')
+    chromium.console.clear()
+    chromium.requests.clear()
+    chromium.open(evil)
+    assert chromium.requests == ["http://127.0.0.1:9/x.png"]
+    assert any("no is not defined" in line for line in chromium.console)
+
+
+@NEEDS_CHROMIUM
+def test_the_page_is_dark_for_who_wants_it_dark_and_light_on_paper(
+    chromium: Browser, page: Path
+) -> None:
+    def paper(**look: Any) -> str:
+        chromium.open(page, **look)
+        return str(chromium.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    assert paper() == "rgb(246, 247, 249)"
+    assert paper(dark=True) == "rgb(15, 18, 20)"
+    assert paper(media="print") == paper(media="print", dark=True) == "rgb(255, 255, 255)"
+
+
+@NEEDS_CHROMIUM
+@EVERY_LOOK
+def test_every_text_stands_out_from_what_is_behind_it(
+    chromium: Browser, page: Path, look: dict[str, Any]
+) -> None:
+    """WCAG 2.2, 1.4.3 (AA): a contrast of 4.5 to 1, of larger text too."""
+    chromium.open(page, **look)
+    chromium.evaluate(UNFOLD)
+    faint, looked_at = chromium.evaluate(CONTRAST)
+    assert looked_at > 500
+    assert faint == []
+
+
+CONTRAST = """(() => {
+  const parse = text => {
+    const numbers = text.match(/[-.\\d]+(?:e[-+]?\\d+)?/g).map(Number);
+    const scale = text.startsWith("color(") ? 1 : 255;
+    return [...numbers.slice(0, 3).map(n => n / scale), numbers.length > 3 ? numbers[3] : 1];
+  };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+  const light = c => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => sum + weight *
+    (c[i] <= 0.04045 ? c[i] / 12.92 : ((c[i] + 0.055) / 1.055) ** 2.4), 0);
+  const behind = part => {
+    const above = parse(getComputedStyle(part).backgroundColor);
+    if (above[3] === 1) return above;
+    return over(above, part.parentElement ? behind(part.parentElement) : [1, 1, 1, 1]);
+  };
+  const faint = [];
+  let looked_at = 0;
+  for (const part of document.querySelectorAll("body *")) {
+    const own = [...part.childNodes].filter(node => node.nodeType === 3);
+    const text = own.map(node => node.data).join("").trim();
+    if (!text || part.closest("title, desc") || !part.checkVisibility()) continue;
+    const style = getComputedStyle(part), back = behind(part);
+    const front = over(parse(part.closest("svg") ? style.fill : style.color), back);
+    const [low, high] = [light(front), light(back)].sort((a, b) => a - b);
+    looked_at++;
+    const contrast = (high + 0.05) / (low + 0.05);
+    if (contrast < 4.5) faint.push([text.slice(0, 40), part.className.toString(), contrast]);
+  }
+  return [faint, looked_at];
+})()"""
+
+
+@NEEDS_CHROMIUM
+@EVERY_LOOK
+def test_the_page_never_scrolls_sideways(
+    chromium: Browser, page: Path, look: dict[str, Any]
+) -> None:
+    chromium.open(page, **look)
+    if look.get("media") != "print":
+        chromium.evaluate(UNFOLD)
+    width = chromium.evaluate("document.documentElement.scrollWidth")
+    assert width <= look.get("width", 1200)
+
+
+@NEEDS_CHROMIUM
+def test_headings_go_down_one_level_at_a_time(chromium: Browser, page: Path) -> None:
+    chromium.open(page)
+    levels = chromium.evaluate(
+        "[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(head => +head.localName[1])"
+    )
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+@NEEDS_CHROMIUM
+def test_a_screen_reader_gets_a_name_for_all_that_needs_one(chromium: Browser, page: Path) -> None:
+    chromium.open(page)
+    chromium.evaluate(UNFOLD)
+    told = chromium.accessible()
+    roles = {role for role, _ in told}
+    assert {"main", "banner", "region", "image", "table", "columnheader", "rowheader"} <= roles
+    named = {"link", "image", "region", "heading", "DisclosureTriangle", "RootWebArea"}
+    assert [role for role, name in told if role in named and not name.strip()] == []
+    assert any(name == "FAIL" for role, name in told if role == "link"), "signs have words"
+
+
+@NEEDS_CHROMIUM
+def test_everything_can_be_done_by_keyboard(chromium: Browser, page: Path) -> None:
+    chromium.open(page)
+    at = "document.activeElement.textContent.slice(0, 40)"
+    chromium.press("Tab")
+    assert chromium.evaluate(at) == "Skip to the results"
+    chromium.press("Enter")
+    assert chromium.evaluate("location.hash") == "#results"
+    seen = set()
+    for _ in range(400):
+        chromium.press("Tab")
+        seen.add(chromium.evaluate("document.activeElement.localName"))
+        if chromium.evaluate("document.activeElement.matches('details:not([open]) > summary')"):
+            break
+    assert {"a", "div", "summary"} <= seen
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert chromium.evaluate(outline) == "solid", "where the focus is can be seen"
+    chromium.press("Enter")
+    assert chromium.evaluate("document.activeElement.parentElement.open") is True
+
+
+@NEEDS_CHROMIUM
+def test_on_paper_all_evidence_is_open(chromium: Browser, page: Path, tmp_path: Path) -> None:
+    closed = (
+        "[...document.querySelectorAll('section > details:not([open]) > p')]"
+        ".map(part => part.checkVisibility())"
+    )
+    chromium.open(page)
+    assert set(chromium.evaluate(closed)) == {False}
+    chromium.open(page, media="print", width=800)
+    assert set(chromium.evaluate(closed)) == {True}
+    chromium.paper(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

@@ -50,6 +50,17 @@ def test_the_verdict_comes_first_and_what_failed_before_what_passed() -> None:
     assert lines[-1] == "Again: ` python -m pytest -m lora --lora-adapter=bad `"
 
 
+def test_checks_of_two_sources_are_told_apart() -> None:
+    rows = [
+        CheckResult("perplexity_drift", "a", outcome, reason="x", part=part)
+        for part, outcome in (("wiki", Outcome.FAILED), ("code", Outcome.PASSED))
+    ]
+    text = markdown_report(rows, ENVIRONMENT)
+    assert r"| perplexity\_drift\[wiki\] | FAIL |" in text
+    assert r"| perplexity\_drift\[code\] | pass |" in text
+    assert r"**perplexity\_drift\[wiki\]** FAIL" in text
+
+
 def test_many_problems_are_counted_not_listed() -> None:
     text = markdown_report([failed(problems=200)], ENVIRONMENT)
     assert "- tensor 9: nan" in text

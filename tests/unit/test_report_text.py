@@ -139,6 +139,16 @@ def test_a_reason_stands_for_a_measurement(outcome: Outcome) -> None:
     assert line.endswith(" for a: no base model")
 
 
+@pytest.mark.parametrize("margin", ["", ": baseline + 0.1"])
+def test_the_bound_that_a_source_has_for_itself_is_moved_where_it_stands(margin: str) -> None:
+    """No option goes before it: naming one would send people round in a circle."""
+    bound = Bound.at_most(0.1, f"max_drift in lora.toml:3{margin}")
+    drift = Measurement(0.2, "nats per token", 5)
+    failed = CheckResult("perplexity_drift", "a", Outcome.FAILED, measurement=drift, bound=bound)
+    last = explain(failed).splitlines()[-1]
+    assert last == "  to move the bound: max_drift in lora.toml:3, which goes before any option"
+
+
 def test_a_passed_check_has_no_bound_to_move() -> None:
     result = CheckResult(
         "merge_equivalence", "a", Outcome.PASSED, measurement=Measurement(0, "x", 1), bound=ONE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from adapter_maker import lora_tensors, write_adapter
 from pytest_lora import run as run_module
 from pytest_lora.catalog import CHECKS, Need, find_check
 from pytest_lora.errors import CannotRun, UsageError
-from pytest_lora.records import Bound, CheckResult, Outcome
+from pytest_lora.records import Bound, CheckResult, Measurement, Outcome
 from pytest_lora.run import MODEL_LIBRARIES, Run, missing_libraries, versions
 from pytest_lora.settings import Layer
 
@@ -28,6 +30,10 @@ def layer(place: str, **values: Any) -> Layer:
 
 def make(folder: Path, **values: Any) -> Run:
     return Run([layer("cli", **values)], start=folder, root=folder)
+
+
+def write_baseline(path: Path, **adapters: Any) -> None:
+    path.write_text(json.dumps({"schema": "pytest-lora/baseline/1", "adapters": adapters}))
 
 
 @pytest.fixture
@@ -111,6 +117,12 @@ def test_without_adapters_there_is_nothing_to_locate(tmp_path: Path, good: Path)
     assert run.locate() == (), "an adapter a marker names is not one the run was given"
 
 
+def test_shares_of_devices_without_a_map_of_them_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cli max_memory says what --lora-device-map may use"):
+        make(tmp_path, max_memory=["cpu=1GiB"])
+    assert make(tmp_path, max_memory=["cpu=1GiB"], device_map="auto").settings.device_map == "auto"
+
+
 def test_an_adapter_at_a_path_is_read_beside_those_given(
     tmp_path: Path, good: Path, bad: Path
 ) -> None:
@@ -148,6 +160,54 @@ def test_bounds_name_who_set_them(tmp_path: Path) -> None:
         "merge_equivalence": Bound.at_most(2, "cli merge_equivalence"),
         "adapter_effect": Bound.at_least(0.1, "cli adapter_effect"),
     }
+
+
+def test_a_bound_relative_to_what_each_source_had_is_for_tests_about_one(tmp_path: Path) -> None:
+    recorded = {"value": 0.5, "unit": "times the rounding bound", "count": 9, "facts": {"seed": 1}}
+    entries = {"dtype_stability[wiki]": recorded}
+    write_baseline(tmp_path / "b.json", a=entries)
+    run = make(tmp_path, baseline="b.json", dtype_stability="baseline + 0.25")
+    with pytest.raises(UsageError, match=r"cli dtype_stability is relative to .* sources, and"):
+        run.bounds_for(run.settings, "a").get("dtype_stability")
+    bound = run.bounds_for(run.settings, "a", parts={"sources": "wiki"})["dtype_stability"]
+    assert (bound.low, bound.high) == (None, 0.75)
+    assert bound.origin == "cli dtype_stability: baseline + 0.25"
+    alike = Measurement(0.75, "times the rounding bound", 3, details={"facts": {"seed": 1}})
+    assert bound.judge(alike) is Outcome.PASSED
+    for other, says in (
+        (replace(alike, details={"facts": {"seed": 2}}), "seed was 1 and is 2"),
+        (replace(alike, details={}), "seed was 1 and is absent"),
+        (replace(alike, unit="nats per token"), "unit was 'times the rounding bound'"),
+    ):
+        with pytest.raises(CannotRun, match=says):
+            bound.judge(other)
+    with pytest.raises(CannotRun, match=r"no dtype_stability\[code\] recorded"):
+        run.bounds_for(run.settings, "a", parts={"sources": "code"}).get("dtype_stability")
+
+
+def test_only_the_single_adapter_of_a_run_is_compared_whatever_its_name(
+    tmp_path: Path, good: Path, bad: Path
+) -> None:
+    recorded = {"value": 0.5, "unit": "times the rounding bound", "count": 9}
+    write_baseline(tmp_path / "b.json", **{"out/v1": {"merge_equivalence": recorded}})
+    run = make(tmp_path, baseline="b.json", adapter=["adapters/good"])
+    assert run.reference("adapters/good", "merge_equivalence", "").value == 0.5
+    run.adapter(str(bad))  # as a marker names one
+    with pytest.raises(CannotRun, match=r"nothing recorded of .*bad, only of out/v1"):
+        run.reference(str(bad), "merge_equivalence", "")
+
+
+def test_each_test_gets_its_source_with_its_own_bound(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "texts.txt").write_text("Once upon a time.\n")
+    (tmp_path / "lora.toml").write_text('[sources.stories]\npath = "texts.txt"\n')
+    run = make(tmp_path, profile="lora.toml", no_cache=True)
+
+    def limit(drift: Any) -> float | None:
+        marked = run.settings_for("a", layer("marker", perplexity_drift=drift))
+        return run.source("a", "stories", marked).max_drift.high
+
+    assert (limit(50), limit(0.0001), limit(50)) == (50, 0.0001, 50)
 
 
 def test_the_profile_is_found_from_where_pytest_was_started(tmp_path: Path) -> None:
@@ -295,7 +355,9 @@ def test_the_last_subject_is_kept(tmp_path: Path, adapters: list[Adapter]) -> No
     assert run.subject(first, base) is subject
     assert run.subject(second, base) is not subject
     given = dict(subject.inputs)
-    assert run.subject(second, base, given) is not run.subject(second, base, given)
+    own = run.subject(second, base, given)
+    assert run.subject(second, base, given) is not own
+    assert not run.subject(second, base).has_own_inputs, "they are not another test's"
     run.close()
 
 

@@ -204,7 +204,7 @@ def test_no_value_breaks_a_parser(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("cycle", "there is no setting 'cycle'; did you mean 'cycles'?"),
+        ("cycle", "there is no setting 'cycle' (did you mean 'cycles'?"),
         ("merge_equivalance", "did you mean 'merge_equivalence'?"),
         ("lora_dtype", "did you mean 'dtype'?"),
         ("qqqq", "docs/settings.md lists them"),
@@ -250,6 +250,7 @@ def test_each_movable_bound_is_a_setting_that_states_its_default() -> None:
         assert spec.unit in TABLE[spec.id].help
         default = f"{spec.default:g}" if spec.default else "more than nothing"
         default = "reported, not judged" if math.isinf(spec.default) else default
+        default = "not checked" if spec.opt_in else default
         assert f"; default: {default})" in TABLE[spec.id].help
     assert not {spec.id for spec in CHECKS if not spec.limit} & set(TABLE)
 
@@ -259,11 +260,36 @@ def test_each_movable_bound_is_a_setting_that_states_its_default() -> None:
 
 @pytest.mark.parametrize("spec", MOVABLE, ids=lambda spec: spec.id)
 def test_a_bound_points_the_way_the_check_says(spec: Any) -> None:
-    settings = resolve([layer("cli", **{spec.id: "0.25"})])
+    given = "256 MiB" if spec.opt_in else "0.25"
+    settings = resolve([layer("cli", **{spec.id: given})])
     bound = bound_for(settings, spec.id)
     maker = {"at most": Bound.at_most, "at least": Bound.at_least}[spec.limit]
     assert bound == maker(0.25, f"cli:{spec.id}")
     assert bound_for(Settings(), spec.id) is None
+
+
+@pytest.mark.parametrize(
+    "size", [14, 14.0, "14", "0 GiB", "14 gigs", True, "1" + "0" * 340 + " GiB"]
+)
+def test_a_ceiling_on_memory_has_a_unit(size: Any) -> None:
+    with pytest.raises(UsageError, match="a size with its unit"):
+        resolve([layer("cli", memory_load=size)])
+
+
+def test_a_memory_workload_is_words_with_values() -> None:
+    words = ["batch=4, sequence=2048", "checkpointing=reentrant batch=2"]
+    settings = resolve([layer("ini", memory_workload=words)])
+    assert dict(settings.memory_workload) == {
+        "batch": 2,
+        "sequence": 2048,
+        "checkpointing": "reentrant",
+    }
+
+
+@pytest.mark.parametrize("word", ["batch", "batch=two", "batch=-1", "rows=2", "batch=1.5"])
+def test_other_words_of_a_memory_workload_are_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="batch=4 sequence=2048"):
+        resolve([layer("cli", memory_workload=word)])
 
 
 def test_without_a_selection_every_check_is_selected() -> None:
@@ -327,7 +353,7 @@ def test_a_base_model_in_a_profile_is_found_beside_it(tmp_path: Path) -> None:
         ("[adapters]\ncycles = 3", "'cycles' must be a table"),
         (
             "[defaults]\ncycle = 3",
-            "cycle in .*: there is no setting 'cycle'; did you mean 'cycles'",
+            "cycle in .*: there is no setting 'cycle' .did you mean 'cycles'",
         ),
         ("[defaults]\nreport = 'a.json'", "'report' holds for the whole run"),
         ("[defaults]\ncycles = 0", "cycles in .*: got 0, expected a whole number"),

@@ -10,8 +10,10 @@ import pytest
 from pytest_lora.stats.paired import (
     changes,
     difference_interval,
+    loss_p,
     mcnemar_exact,
     mcnemar_mid_p,
+    mean_above_zero_p,
     mean_interval,
     non_inferiority_p,
 )
@@ -34,6 +36,30 @@ def test_mcnemar_is_a_binomial_test(gained: int, lost: int, n: int) -> None:
     tail = stats.binom.cdf(min(gained, lost), gained + lost, 0.5)
     expected = min(1.0, 2 * (tail - seen / 2))
     assert mcnemar_mid_p(gained, lost) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), TABLES)
+def test_a_loss_is_tested_in_one_direction(gained: int, lost: int, n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    total = gained + lost
+    exact = stats.binomtest(lost, total, 0.5, alternative="greater").pvalue if total else 1.0
+    assert loss_p(gained, lost) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 0.3, 4.0])
+def test_a_mean_above_zero_is_students_test(shift: float) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    draw = random.Random(0)
+    values = [draw.gauss(shift, 1) for _ in range(30)]
+    exact = stats.ttest_1samp(values, 0, alternative="greater").pvalue
+    assert mean_above_zero_p(values) == pytest.approx(exact, rel=1e-6)
+
+
+def test_values_without_a_spread_have_a_sign() -> None:
+    assert mean_above_zero_p([0.5] * 10) == 0.5**10
+    assert mean_above_zero_p([0.0] * 10) == mean_above_zero_p([-0.5] * 10) == 1
+    with pytest.raises(ValueError, match="no spread"):
+        mean_above_zero_p([1.0])
 
 
 def constrained(gained: int, lost: int, n: int, difference: float) -> float:

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from pytest_lora.numerics import streaming
-from pytest_lora.numerics.streaming import accurate_products, computing_in, intercepted, widened
+from pytest_lora.numerics.streaming import computing_in, intercepted, widened
 
 
 class Net(nn.Module):
@@ -121,17 +121,3 @@ def test_intercepted_forwards_come_back():
     assert seen == ["body", "head"]
     assert vars(net.head)["forward"] == own
     assert "forward" not in vars(net.body)
-
-
-def test_accurate_products_switches_and_restores(monkeypatch):
-    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction")
-    matmul = torch.backends.cuda.matmul
-    with accurate_products():
-        pass  # nothing to do without CUDA
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = [getattr(matmul, name) for name in names]
-    with interrupted(), accurate_products():
-        assert not any(getattr(matmul, name) for name in names)
-        assert not torch.backends.cudnn.allow_tf32
-        raise Interruption
-    assert [getattr(matmul, name) for name in names] == before

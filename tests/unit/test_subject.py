@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import peft
 import tiny
 import torch
+import transformers
 from torch import nn
 
+from pytest_lora import subject as subject_module
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.structure import Structure
 from pytest_lora.subject import BaseModel, BasePool, Subject, load_base, lora_layers
@@ -103,6 +105,40 @@ def test_a_module_without_weights_has_a_device_and_a_dtype() -> None:
     assert base.dtype == torch.float32
 
 
+def test_a_base_is_digested_once_and_again_when_it_is_another(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    digest_of = subject_module._digest_of
+    monkeypatch.setattr(
+        subject_module,
+        "_digest_of",
+        lambda module, found: calls.append(module) or digest_of(module, found),
+    )
+    base = subject.base
+    with subject.attached():
+        first = base.digest
+    assert base.digest == first
+    assert len(calls) == 1
+    base.reload(torch.bfloat16)
+    assert base.digest != first
+    base.reload()
+    assert base.digest == first, "an adapter that was attached is no part of it"
+    assert len(calls) == 3
+
+
+def test_the_digest_is_of_weights_and_configuration(folder: Path, adapter: Adapter) -> None:
+    digests = {load_base(folder, adapter=adapter, device="cpu").digest}
+    for change in ("nothing", "weights", "configuration"):
+        module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        if change == "weights":
+            module.lm_head.weight.data[0, 0] += 1
+        elif change == "configuration":
+            module.config.rms_norm_eps *= 2
+        digests.add(BaseModel.from_module(module).digest)
+    assert len(digests) == 3
+
+
 # ---------------------------------------------------------------------------- proof
 
 
@@ -117,6 +153,15 @@ def test_one_changed_bit_is_located_against_the_file(subject: Subject) -> None:
     base.reload()
     assert base.verify() == ()
     assert base.loads == 2
+
+
+def test_what_is_read_again_does_not_stay_in_memory(subject: Subject) -> None:
+    """A fixture's value and a frame of its generator hold the old object on."""
+    held = subject.base.module
+    weights = subject.base.module.get_input_embeddings().weight.clone()
+    subject.base.reload()
+    assert sum(part.numel() for part in (*held.parameters(), *held.buffers())) == 0
+    assert torch.equal(subject.base.module.get_input_embeddings().weight, weights)
 
 
 def test_a_changed_buffer_is_found(subject: Subject) -> None:

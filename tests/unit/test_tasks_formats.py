@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from example import ROOT
 
 from pytest_lora import profile
 from pytest_lora.errors import UsageError
-from pytest_lora.profile import TASK_KEYS
+from pytest_lora.profile import LM_EVAL_KEYS, TASK_KEYS
 from pytest_lora.tasks import rows
 from pytest_lora.tasks.configure import task_from_config
 from pytest_lora.tasks.formats import FORMATS, read_task
@@ -322,6 +323,45 @@ def test_the_digest_knows_items_and_rules() -> None:
     assert len({task.digest, *(other.digest for other in others)}) == 5
 
 
+def test_a_grader_of_ones_own_counts_by_its_source() -> None:
+    def strict() -> Any:
+        def mine(answer: str, item: TaskItem) -> bool:
+            return answer == item.answer
+
+        return mine
+
+    def lenient() -> Any:
+        def mine(answer: str, item: TaskItem) -> bool:
+            return str(item.answer) in answer
+
+        return mine
+
+    task = Task("x", (TaskItem("1", "a", "b"), TaskItem("2", "c", "d")))
+    one, same, other = (task.with_rules(grader=made()) for made in (strict, strict, lenient))
+    assert one.digest == same.digest
+    assert one.rules()["grader_source"] != other.rules()["grader_source"]
+    typed_in: dict[str, Any] = {}
+    exec("def mine(answer, item): return True", typed_in)
+    assert "grader_source" not in task.with_rules(grader=typed_in["mine"]).rules()
+
+
+def test_graders_of_one_source_count_by_the_values_they_were_made_with() -> None:
+    def within(most: int) -> Any:
+        def mine(answer: str, item: TaskItem) -> bool:
+            return len(answer) <= most
+
+        return mine
+
+    def close(answer: str, item: TaskItem, most: int) -> bool:
+        return len(answer) <= most
+
+    task = Task("x", (TaskItem("1", "a", "b"),))
+    for made in (within, lambda most: partial(close, most=most)):
+        one, same, other = (task.with_rules(grader=made(most)) for most in (1, 1, 2))
+        assert one.digest == same.digest != other.digest
+    assert "close" in task.with_rules(grader=partial(close, most=1)).rules()["grader"]
+
+
 def test_tasks_that_cannot_be_meant() -> None:
     item = TaskItem("1", "a", "b")
     with pytest.raises(UsageError, match="there are no items"):
@@ -370,13 +410,13 @@ def test_every_key_of_a_task_is_taken(tmp_path: Path) -> None:
     task = task_from_config("x", config, tmp_path)
     assert (task.scoring, task.length, task.chat) == (Scoring.CHOICES, Length.BYTES, True)
     assert task.pool == task.items
-    assert {*config, "grader", "pattern"} == set(TASK_KEYS)
+    assert {*config, "grader", "pattern", "lm_eval", *LM_EVAL_KEYS} == set(TASK_KEYS)
     graded = task_from_config("x", {"path": "t.jsonl", "grader": "exact"}, tmp_path)
     assert graded.scoring is Scoring.GENERATE
 
 
 def test_the_profile_offers_what_there_is() -> None:
-    assert tuple(Scoring) == profile.SCORINGS
+    assert tuple(Scoring) == (*profile.SCORINGS, Scoring.HARNESS)
     assert tuple(Length) == profile.LENGTHS
     assert (*GRADERS, "regex") == profile.GRADERS
 

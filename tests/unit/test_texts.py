@@ -99,7 +99,7 @@ def test_a_split_of_several_is_chosen_by_name(tmp_path: Path) -> None:
     assert list(open_texts(tmp_path / "both", split="test")) == ["a test text", "b"]
     with pytest.raises(UsageError, match=r"say which split .there: train, test"):
         open_texts(tmp_path / "both")
-    with pytest.raises(UsageError, match=r"no split 'tset' .*; did you mean 'test'"):
+    with pytest.raises(UsageError, match=r"no split 'tset' .* .did you mean 'test'"):
         open_texts(tmp_path / "both", split="tset")
 
 
@@ -115,7 +115,7 @@ def test_what_datasets_itself_writes_is_read(tmp_path: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file": (
         lambda d: (plain(d / "heldout.jsonl", "{}"), open_texts(d / "heldot.jsonl")),
-        r"heldot.jsonl: there is no such file; did you mean 'heldout.jsonl'",
+        r"heldot.jsonl: there is no such file .did you mean 'heldout.jsonl'",
     ),
     "a suffix": (lambda d: open_texts(plain(d / "a.csv", "x")), r"a.csv: texts are read from .txt"),
     "empty": (lambda d: open_texts(plain(d / "a.jsonl", "\n\n")), r"a.jsonl: no document in it"),
@@ -139,7 +139,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no field": (
         lambda d: open_texts(plain(d / "a.jsonl", '\n{"texts": "a", "id": 1}\n')),
-        r"a.jsonl:2: no field 'text' .there: id, texts.; did you mean 'texts'",
+        r"a.jsonl:2: no field 'text' .there: id, texts. .did you mean 'texts'",
     ),
     "no text": (
         lambda d: open_texts(plain(d / "a.jsonl", '{"text": null}\n')),

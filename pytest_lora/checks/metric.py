@@ -1,0 +1,197 @@
+"""A loss per token as someone else computes it: is it that of the texts, and of the right model?
+
+The metric is run on the model in float64, on one text, on several, and on texts of unequal length
+padded on either side with ordinary tokens, so that nothing but the mask tells them from text.  Each
+time it has to be
+
+    (1 / N) sum over texts and positions t of  -log p(x_t | x_<t),     N: all predicted tokens,
+
+that is, what the masked logits of the same batch give.  Computed in float32 by whoever computes it,
+with ``u = 2^-24``: logits are rounded (``|z| u``), so are the normaliser and its difference to the
+logit (``3 |z| u`` more) and the sum of V exponentials (``V u``, relative, hence absolute in its
+logarithm); the mean adds ``N u`` of itself (N. J. Higham, Accuracy and Stability of Numerical
+Algorithms, 2nd edition, section 4.2).  The sum of these is the rounding bound; nothing else
+is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from pytest_lora.checks.parity import widened
+from pytest_lora.errors import UsageError
+from pytest_lora.records import Measurement
+
+__all__ = ["Metric", "measure_metric"]
+
+Batch = dict[str, torch.Tensor]
+Metric = Callable[[Any, Batch], Any]
+"""``metric(model, batch)``: nats per token, a number or a tensor of one element."""
+
+DECLARED = ("adapted", "base")
+UNIT = "times the rounding bound"
+_SHORTER = 3
+
+
+def measure_metric(
+    metric: Metric, model: torch.nn.Module, input_ids: torch.Tensor, *, declared: str = "adapted"
+) -> Measurement:
+    """How far a metric is from the mean loss per token, at most, over several batches.
+
+    Args:
+        metric: see :data:`Metric`.
+        model: a causal language model whose output has ``logits``.
+        input_ids: shape (rows, tokens); at least two rows of six tokens.
+        declared: ``"adapted"``: the metric is of the model as it is; ``"base"``: it is a baseline,
+            of the model with its adapter disabled.
+
+    Raises:
+        UsageError: too few rows or tokens, or ``declared`` is neither of the two.
+    """
+    if declared not in DECLARED:
+        raise UsageError(f"declared={declared!r}: expected one of {', '.join(DECLARED)}")
+    if input_ids.dim() != 2 or input_ids.shape[0] < 2 or input_ids.shape[1] < 2 * _SHORTER:
+        shape = list(input_ids.shape)
+        raise UsageError(f"input_ids of shape {shape}: expected two rows of six tokens at least")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), widened(model):
+            found = {
+                name: _judge(metric, model, batch, declared)
+                for name, batch in _batches(input_ids).items()
+                if _means_the_same(model, batch)
+            }
+    finally:
+        model.train(training)
+    worst = max(found, key=lambda name: found[name][0])
+    ratio, where = found[worst]
+    return Measurement(
+        value=ratio,
+        unit=UNIT,
+        count=input_ids.numel(),
+        where=f"{worst}: {where}",
+        details={name: value for name, (value, _) in found.items()},
+    )
+
+
+def _batches(ids: torch.Tensor) -> dict[str, Batch]:
+    short = ids.shape[1] - _SHORTER
+    padding = ids[:1, :_SHORTER]  # words like any other
+    ragged = {"padded on the right": (ids[1:2, :short], padding),
+              "padded on the left": (padding, ids[1:2, :short])}  # fmt: skip
+    found = {
+        "one text": {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])},
+        "several texts": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    for name, parts in ragged.items():
+        mask = torch.cat([torch.full_like(part, part is not padding) for part in parts], 1)
+        found[name] = {
+            "input_ids": torch.cat([ids[:1], torch.cat(parts, 1)]),
+            "attention_mask": torch.cat([torch.ones_like(ids[:1]), mask]),
+        }
+    return found
+
+
+def _logits(model: Any, batch: Mapping[str, torch.Tensor], *, counted: bool = True) -> torch.Tensor:
+    """Logits in float64; with ``counted`` every text's positions count from zero, where the model
+    lets them.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    more = {}
+    if counted and "position_ids" in inspect.signature(inner.forward).parameters:
+        more["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    logits: torch.Tensor = model(**batch, **more).logits
+    return logits.double()
+
+
+def _losses(
+    model: Any, batch: Mapping[str, torch.Tensor], shift: int = 1, *, counted: bool = True
+) -> torch.Tensor:
+    """Losses (rows, positions) in nats; ``shift=0`` predicts each token from itself."""
+    ids = batch["input_ids"]
+    logits = _logits(model, batch, counted=counted)[:, : ids.shape[1] - shift]
+    return torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), ids[:, shift:], reduction="none"
+    )
+
+
+def _mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which losses are of text, predicted from text."""
+    mask = batch["attention_mask"].bool()
+    return mask[:, 1:] & mask[:, :-1]
+
+
+def _mean(losses: torch.Tensor, mask: torch.Tensor) -> float:
+    return float(losses[mask].mean())
+
+
+def _means_the_same(model: Any, batch: Batch) -> bool:
+    """Whether the model itself takes the padding well; one with absolute positions does not."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    texts = [row[kept][None] for row, kept in zip(ids, mask, strict=True)]
+    alone = [
+        _losses(model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
+        for text in texts
+    ]
+    together = _losses(model, batch)[_mask(batch)]
+    same = torch.cat([row.flatten() for row in alone])
+    # In float64; what a model computes in float32 whatever its format (norms, angles) is repeated.
+    return bool((together - same).abs().max() <= 2.0**-24 * same.abs().max())
+
+
+def _judge(metric: Metric, model: Any, batch: Batch, declared: str) -> tuple[float, str]:
+    with _declared(model, declared):
+        losses, logits = _losses(model, batch), _logits(model, batch)
+    mask = _mask(batch)
+    expected = _mean(losses, mask)
+    value = float(metric(model, {name: tensor.clone() for name, tensor in batch.items()}))
+    largest, vocabulary = float(logits.abs().max()), logits.shape[-1]
+    bound = 2.0**-24 * (4 * largest + vocabulary + int(mask.sum()) * expected)
+    ratio = abs(value - expected) / bound
+    if not math.isfinite(ratio):
+        return math.inf, f"{value} nats per token"
+    if ratio <= 1:
+        return ratio, f"{value:.6g} nats per token"
+    cause = _cause(value, model, batch, declared, bound)
+    return ratio, f"{value:.6g} instead of {expected:.6g} nats per token{cause}"
+
+
+def _cause(value: float, model: Any, batch: Batch, declared: str, bound: float) -> str:
+    """What else the number is, if it is something known."""
+    mask = _mask(batch)
+    with _declared(model, declared):
+        losses = _losses(model, batch, counted=False)
+    full = batch["attention_mask"].bool()
+    rows = [_mean(row, kept) for row, kept in zip(losses, mask, strict=True)]
+    mirrored = full.flip(1)[:, 1:] & full.flip(1)[:, :-1]
+    known = {
+        "the labels are not shifted": _mean(_losses(model, batch, 0, counted=False), full),
+        "padding is counted": float(losses.mean()),
+        "the first token after padding is predicted from it": _mean(losses, full[:, 1:]),
+        "the mask is of the other side": _mean(losses, mirrored),
+        "it is the mean of the texts' means": sum(rows) / len(rows),
+    }
+    if hasattr(model, "disable_adapter"):
+        other = DECLARED[declared == "adapted"]
+        with _declared(model, other):
+            known[f"it is that of the {other} model"] = _mean(_losses(model, batch), mask)
+    return next((f": {name}" for name, number in known.items() if abs(number - value) <= bound), "")
+
+
+@contextlib.contextmanager
+def _declared(model: Any, declared: str) -> Iterator[None]:
+    if declared == "adapted" or not hasattr(model, "disable_adapter"):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    with model.disable_adapter():
+        yield
+    for parameter, flag in flags:  # some releases of PEFT do not restore them
+        parameter.requires_grad = flag

@@ -1,0 +1,156 @@
+"""Served outputs and metrics: sound ones pass, each fault is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import torch
+from torch.nn import functional
+
+import pytest_lora as lora
+from pytest_lora.errors import CheckFailed, NotApplicable, UsageError
+from pytest_lora.subject import Subject
+from timemachine.cases import llama, lora_config, on_disk, trained
+
+IDS = torch.arange(3, 27).view(2, 12)
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    config = lora_config("q_proj", task_type="CAUSAL_LM")
+    found = on_disk(llama(), config, tmp_path_factory.mktemp("parity"))
+    return Subject(found.adapter, found.base, {"input_ids": IDS})
+
+
+def _outputs(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+    output, base = subject.output(), subject.base_output()
+    subject.release()
+    return output, base
+
+
+def test_the_adapters_own_output_is_at_one(subject: Subject) -> None:
+    output, _ = _outputs(subject)
+    assert lora.assert_serving_parity(lambda name: output, subject).value == pytest.approx(1)
+
+
+def test_a_finer_answer_than_the_models_own_is_no_fault(subject: Subject) -> None:
+    output, _ = _outputs(subject)
+    found = lora.assert_serving_parity(lambda name: output.double(), subject)
+    assert found.value == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("served", "says"),
+    [
+        (lambda output, base: base, "nearer to the base model's output"),
+        (lambda output, base: base + 0.75 * (output - base), "0.75 times the adapter's effect"),
+        (lambda output, base: output.bfloat16(), "at most 2"),
+        (lambda output, base: output[:1], "shape"),
+        (lambda output, base: output * float("nan"), "not finite"),
+    ],
+)
+def test_a_fault_is_named(
+    subject: Subject, served: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], says: str
+) -> None:
+    answer = served(*_outputs(subject))
+    with pytest.raises(CheckFailed, match=says):
+        lora.assert_serving_parity(lambda name: answer, subject)
+
+
+def test_a_second_round_is_asked_for(subject: Subject) -> None:
+    output, base = _outputs(subject)
+    answers = iter([output, base])
+    with pytest.raises(CheckFailed, match="default, asked after default"):
+        lora.assert_serving_parity(lambda name: next(answers), subject)
+
+
+def test_what_cannot_be_told(subject: Subject) -> None:
+    with pytest.raises(UsageError, match="at least one adapter"):
+        lora.measure_serving_parity(lambda name: IDS, {})
+    with pytest.raises(NotApplicable, match="nothing to tell"):
+        lora.measure_serving_parity(lambda name: IDS, {"a": subject, "b": subject})
+
+
+# ------------------------------------------------------------------------------ metrics
+
+
+def _loss(model: Any, batch: Batch, kept: torch.Tensor | None = None) -> torch.Tensor:
+    mask = batch["attention_mask"].bool()
+    kept = mask[:, 1:] & mask[:, :-1] if kept is None else kept
+    logits = model(**batch).logits[:, :-1].float().transpose(1, 2)
+    losses: torch.Tensor = functional.cross_entropy(
+        logits, batch["input_ids"][:, 1:], reduction="none"
+    )
+    return losses[kept].mean()
+
+
+def _unshifted(model: Any, batch: Batch) -> torch.Tensor:
+    logits = model(**batch).logits.float().flatten(0, 1)
+    return functional.cross_entropy(logits, batch["input_ids"].flatten())
+
+
+def _padding_counted(model: Any, batch: Batch) -> torch.Tensor:
+    return _loss(model, batch, torch.ones_like(batch["input_ids"][:, 1:]).bool())
+
+
+def _of_means(model: Any, batch: Batch) -> torch.Tensor:
+    count = len(batch["input_ids"])
+    rows = [{name: t[row : row + 1] for name, t in batch.items()} for row in range(count)]
+    return torch.stack([_loss(model, row) for row in rows]).mean()
+
+
+def _adapter_off(model: Any, batch: Batch) -> torch.Tensor:
+    with model.disable_adapter():
+        return _loss(model, batch)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return trained(llama(), lora_config("q_proj"))
+
+
+def test_a_sound_metric_passes_and_the_model_is_as_before(model: Any) -> None:
+    before = {name: (p.dtype, p.clone()) for name, p in model.named_parameters()}
+    assert lora.assert_metric_sound(_loss, model, IDS).value <= 1
+    assert lora.assert_metric_sound(_adapter_off, model, IDS, declared="base").value <= 1
+    for name, parameter in model.named_parameters():
+        dtype, value = before[name]
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        (_unshifted, "labels are not shifted"),
+        (_padding_counted, "padding is counted"),
+        (_of_means, "mean of the texts' means"),
+        (_adapter_off, "that of the base model"),
+        (lambda model, batch: float("nan"), "nan nats"),
+    ],
+)
+def test_a_wrong_metric_is_named(model: Any, metric: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        lora.assert_metric_sound(metric, model, IDS)
+
+
+def test_a_baseline_taken_with_the_adapter_on(model: Any) -> None:
+    with pytest.raises(CheckFailed, match="that of the adapted model"):
+        lora.assert_metric_sound(_loss, model, IDS, declared="base")
+
+
+def test_what_a_metric_needs(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two rows of six"):
+        lora.measure_metric(_loss, model, IDS[:1])
+    with pytest.raises(UsageError, match="declared"):
+        lora.measure_metric(_loss, model, IDS, declared="start")
