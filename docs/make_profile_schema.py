@@ -50,6 +50,8 @@ def _entries(keys: Mapping[str, Key]) -> dict[str, Any]:
     properties = {name: {"description": key.help, **key.schema} for name, key in keys.items()}
     required = [name for name, key in keys.items() if key.required]
     entry = {**_object(properties), **({"required": required} if required else {})}
+    if "lm_eval" in keys:
+        entry["oneOf"] = [{"required": ["path"]}, {"required": ["lm_eval"]}]
     return {
         "type": "object",
         "propertyNames": {"pattern": "^[A-Za-z0-9][A-Za-z0-9_.-]*$"},
@@ -61,6 +63,7 @@ def _optional(entries: dict[str, Any]) -> dict[str, Any]:
     """The same where another table may hold the rest."""
     entry = dict(entries["additionalProperties"])
     entry.pop("required", None)
+    entry.pop("oneOf", None)
     return {**entries, "additionalProperties": entry}
 
 

@@ -23,7 +23,8 @@ def _row(name: str, setting: Setting) -> str:
     option = option_name(name) + (f"={setting.metavar}" if setting.metavar else "")
     kind = "" if setting.ini == "string" else f" ({setting.ini})"
     adapter = f"`{name}`" if setting.per_adapter else "no"
-    return f"| `{option}` | `{ini_name(name)}`{kind} | {adapter} | {setting.help} |"
+    said = setting.help.replace("[", "\\[")  # no link
+    return f"| `{option}` | `{ini_name(name)}`{kind} | {adapter} | {said} |"
 
 
 def keys(kind: str) -> str:
