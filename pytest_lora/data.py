@@ -141,8 +141,6 @@ def open_task(
     floor, recorded = _floor(entry, domain, reference)
     if recorded is not None:
         options["reference"] = recorded
-    if "min_change" in floor:  # always on all items
-        options = {key: options[key] for key in options if key not in ("alpha", "full")}
     return TargetTask(task, floor, options, {**drawn, "alpha": shared["alpha"]}, drawn)
 
 

@@ -194,7 +194,9 @@ def test_a_floor_may_be_relative_to_the_base_and_choices_have_no_health(
     ]
     run_ = _run_of(two)
     assert list(run_.task("adapters/good", "chosen").floor) == ["min_change"]
-    assert "alpha" not in run_.task("adapters/good", "chosen").options
+    # Two tasks are four verdicts, and this one's share is that of an accuracy.
+    assert run_.task("adapters/good", "chosen").options["alpha"] == 0.001 / 4
+    assert run_.task("adapters/good", "chosen").options["full"] is False
     assert run_.task("adapters/good", "written").floor["min_accuracy"].low == -math.inf
 
 

@@ -236,11 +236,10 @@ def test_grades_between_wrong_and_right_need_every_item(subject: Subject) -> Non
     assert change.value == pytest.approx(base["change"])
 
 
-def test_losing_exactly_what_may_be_lost_passes(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """7 of 10 after 8 of 10, in floats, is a loss of more than 0.1."""
-    right = {False: 7, True: 8}
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[bool, float]:
+    """How many of the first items are right, with the base and without; no model is asked."""
+    right: dict[bool, float] = {}
 
     class Scripted(ItemScorer):
         def __init__(self, *given: Any, base: bool = False, **options: Any) -> None:
@@ -248,14 +247,83 @@ def test_losing_exactly_what_may_be_lost_passes(
             self.right = right[base]
 
         def scores(self, indices: Sequence[int]) -> list[ItemScore]:
+            self.computed += len(indices)
             return [ItemScore(index, float(index < self.right), None) for index in indices]
 
     monkeypatch.setattr("pytest_lora.checks.learning.ItemScorer", Scripted)
-    measured = assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+    return right
+
+
+def test_losing_exactly_what_may_be_lost_passes(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    """7 of 10 after 8 of 10, in floats, is a loss of more than 0.1."""
+    scripted |= {False: 7, True: 8}
+    measured = assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1, full=True)
     assert measured.value == -0.1
-    right[False] = 6
-    with pytest.raises(CheckFailed):
-        assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+    assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+    scripted[False] = 6
+    for full in (True, False):
+        with pytest.raises(CheckFailed):
+            assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1, full=full)
+
+
+def test_a_change_is_known_before_every_item_was_asked(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    task = PROBLEMS
+    size = len(task)
+    scripted |= {False: 0.9 * size, True: 0.2 * size}
+    gain = assert_task_accuracy(subject, task, min_change=0.1)
+    assert gain.count < size / 4
+    assert gain.low is not None
+    assert gain.high is not None
+    assert 0.1 <= gain.low <= gain.value <= gain.high
+    assert gain.low <= 0.7 <= gain.high
+    base: Any = gain.details["base"]
+    assert base["change"] == gain.value == (base["gained"] - base["lost"]) / gain.count
+    assert not {"mcnemar_p", "non_inferiority_p", "interval"} & base.keys()
+    assert any("--lora-full-eval" in note for note in gain.notes)
+    sequential: Any = gain.details["sequential"]
+    last = sequential["path"][-1]
+    assert (last["used"], last["estimate"]) == (gain.count, pytest.approx(gain.value))
+    assert last["low"] <= last["estimate"] <= last["high"]
+    scripted |= {False: 0.2 * size, True: 0.9 * size}
+    with pytest.raises(CheckFailed) as caught:
+        assert_task_accuracy(subject, task, min_change=-0.02)
+    loss = caught.value.result.measurement
+    assert loss is not None
+    assert loss.count < size / 4
+    assert loss.high is not None
+    assert loss.value <= loss.high < -0.02
+
+
+@pytest.mark.parametrize(("right", "passes"), [(0.5, True), (0.4, False)])
+def test_a_close_change_takes_the_whole_set_and_is_exact(
+    subject: Subject, scripted: dict[bool, float], right: float, passes: bool
+) -> None:
+    """What lies on the limit cannot be known early."""
+    task = part(PROBLEMS, 40)
+    scripted |= {False: 40 * right, True: 20}
+    measured = measure_task_change(subject, task, min_change=0.0)
+    whole = measure_task_change(subject, task, min_change=0.0, full=True)
+    assert whole.value == pytest.approx(right - 0.5)
+    bound = Bound.at_least(0.0, "test")
+    assert (bound.judge(measured) is Outcome.PASSED) is passes
+    assert bound.judge(measured) is bound.judge(whole)
+
+
+def test_an_early_change_is_the_same_each_time_and_however_it_is_cut(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    scripted |= {False: 0.9 * len(PROBLEMS), True: 0.5 * len(PROBLEMS)}
+
+    def once(**options: Any) -> str:
+        measured = measure_task_change(subject, PROBLEMS, min_change=0.1, **options)
+        return json.dumps({**measured.to_dict(), "details": {**measured.details, "computed": None}})
+
+    assert once() == once() == once(batch_size=3)
+    assert json.loads(once(alpha=1e-9))["count"] > json.loads(once())["count"]
 
 
 class Kept(dict[str, float]):
