@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.baseline import FACTS, ITEMS, MOST_ITEMS, Reference, since_baseline
 from pytest_lora.errors import CannotRun, UsageError
-from pytest_lora.records import Json, Measurement
+from pytest_lora.records import TO_DECIDE, Json, Measurement
 from pytest_lora.stats.order import seeded_order
 from pytest_lora.stats.paired import (
     changes,
@@ -132,6 +132,9 @@ def measure_task_accuracy(
         scores = list(_scored(ground, order, None, pace))
         details["base"] = _comparison(found.scores, scores, 0.0, confidence)
         details["notes"] += [f"base model: {note}" for note in ground.notes]
+    if domain and floor is not None:
+        values = [score.score for score in found.scores]
+        details[TO_DECIDE] = _to_decide(values, floor, confidence)
     low, high = _interval(found, domain, confidence, alpha)
     return Measurement(
         value=found.accuracy,
@@ -198,6 +201,9 @@ def measure_task_change(
     comparison = _comparison(found.scores, before, min_change, confidence)
     details = {**_details(found, scorer, confidence), "base": comparison, FACTS: facts}
     details["notes"] += [f"base model: {note}" for note in ground.notes]
+    if domain:
+        values = [after.score - base.score for after, base in pairs]
+        details[TO_DECIDE] = _to_decide(values, min_change, confidence)
     low, high = comparison["interval"] if domain else (None, None)
     if rule is not None and len(pairs) < len(known):
         low, high = rule.interval()
@@ -322,6 +328,10 @@ def _change_since(
         )
     low, high = comparison["interval"] if domain else (None, None)
     details = {**_details(found, scorer, confidence), "baseline": comparison, FACTS: facts}
+    if domain:
+        items = found.task.items
+        values = [score.score - reference.items[items[score.index].id] for score in found.scores]
+        details[TO_DECIDE] = _to_decide(values, min_change, confidence)
     return Measurement(
         value=comparison["change"],
         unit=since_baseline(UNIT),
@@ -419,6 +429,21 @@ def _domain_interval(scores: Sequence[ItemScore], confidence: float) -> tuple[fl
         return 0.0, 1.0
     low, high = mean_interval(values, confidence)
     return max(low, 0.0), min(high, 1.0)
+
+
+def _to_decide(values: Sequence[float], limit: float, confidence: float) -> int | None:
+    """How many items like these bring the limit out of the interval; None if none ever do.
+
+    By the normal approximation: for planning.
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    variance = math.fsum((value - mean) ** 2 for value in values) / count
+    deviation = math.sqrt(max(variance, 0.25 / count))  # all alike is no proof of no variance
+    margin = abs(mean - limit)
+    return (
+        needed_items(margin, deviation, alpha=(1 - confidence) / 2, power=0.5) if margin else None
+    )
 
 
 def _evidence(rule: SequentialProportion, alpha: float) -> dict[str, Any]:

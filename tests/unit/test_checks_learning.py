@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from pytest_lora.assertions import assert_task_accuracy
 from pytest_lora.baseline import Baseline, Reference
-from pytest_lora.checks.learning import measure_task_accuracy, measure_task_change
+from pytest_lora.checks.learning import _to_decide, measure_task_accuracy, measure_task_change
 from pytest_lora.errors import CannotRun, CheckFailed, UsageError
 from pytest_lora.loading import load_tokenizer, quiet
 from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, collecting
@@ -200,9 +202,38 @@ def test_few_items_do_not_decide_about_a_domain(subject: Subject) -> None:
     assert measured.count == 12
     right = round(measured.value * 12)
     assert (measured.low, measured.high) == wilson_interval(right, 12, 0.95)
+    assert re.search(r"give more items: about [\d,]+ would decide", str(caught.value))
     domain: Any = measured.details["domain"]
     assert domain["minimum_detectable_effect"] > 0.1
     assert domain["items_for_two_points"] > 500
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "needed"), [(0.9, 0.5, 3), (0.9, 0.88, 865), (0.9, 0.9, None)]
+)
+def test_how_many_items_would_decide(value: float, limit: float, needed: int | None) -> None:
+    """1.96 standard errors, of 0.3 over the root of their number, are the distance to the limit."""
+    scores = [1.0] * round(100 * value) + [0.0] * round(100 * (1 - value))
+    assert _to_decide(scores, limit, 0.95) == needed
+    if needed is not None:
+        assert 1.96 * 0.3 / math.sqrt(needed) == pytest.approx(abs(value - limit), rel=0.2)
+
+
+def test_changes_on_few_items_say_how_many_would_decide(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    task = part(PROBLEMS, 40)
+    scripted |= {False: 24, True: 20}
+    with pytest.raises(CheckFailed, match=r"about [0-9,]+ would decide") as caught:
+        assert_task_accuracy(subject, task, min_change=0.05, domain=True)
+    assert caught.value.result.outcome is Outcome.INCONCLUSIVE
+    reference = reference_of(measure_task_accuracy(subject, task))
+    scripted[False] = 26
+    with pytest.raises(CheckFailed, match=r"about [0-9,]+ would decide"):
+        assert_task_accuracy(subject, task, min_change=0.0, domain=True, reference=reference)
+    scripted[False] = 24
+    with pytest.raises(CheckFailed, match="no number of items decides"):
+        assert_task_accuracy(subject, task, min_change=0.0, domain=True, reference=reference)
 
 
 def test_the_base_beside_the_adapter(subject: Subject) -> None:
