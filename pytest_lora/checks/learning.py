@@ -126,7 +126,8 @@ def measure_task_accuracy(
     found = _Found(known, tokens, list(_scored(scorer, order, rule, pace)), rule)
     details = {**_details(found, scorer, confidence, alpha), FACTS: facts}
     if reference is not None:
-        details["baseline"] = _since(found, reference, 0.0, confidence)
+        since = _since(found, reference, 0.0, confidence)
+        details["baseline"] = since if found.rule is None else _without_tests(since)
     if base:
         ground = ItemScorer(subject, known, tokens, base=True, **options)
         scores = list(_scored(ground, order, None, pace))

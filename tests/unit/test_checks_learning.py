@@ -497,6 +497,10 @@ def test_an_early_verdict_compares_the_items_it_saw(subject: Subject) -> None:
     assert details["items"] == early.count
     assert (details["gained"], details["lost"]) == (0, 0)
     assert details["accuracy"] == reference.value
+    assert "mcnemar_p" not in details
+    whole = measure_task_accuracy(subject, task, min_accuracy=0.5, reference=reference, full=True)
+    details = whole.details["baseline"]
+    assert details["mcnemar_p"] == 1
 
 
 def test_another_task_or_rule_is_refused(subject: Subject) -> None:
