@@ -3,7 +3,8 @@
 Runs in a checkout with history and asks nothing but git and the event; nothing of the checkout is
 imported or run.  Variables: ADAPTERS, patterns of adapter folders, one a line (``*`` also matches
 ``/``, ``.`` is the repository's root); ALSO, patterns of files that concern every adapter, such as
-a profile.  Patterns that no adapter matches are an error: nothing would ever be judged.
+a profile.  Patterns that no adapter matches are an error, for nothing would ever be judged, unless
+the event has just removed the last adapter.
 
 Outputs: ``adapters``, one a line; ``any``, whether there are some; ``gpu``, whether they may reach
 one, which a fork's never do; ``ref``, the commit they are of.
@@ -109,6 +110,14 @@ def _below(file: str, folder: str) -> bool:
     return folder == ROOT or file.startswith(f"{folder}/")
 
 
+def had_some(start: str, patterns: list[str]) -> bool:
+    """Whether adapters matched before: where none is left, they were removed, not misspelt."""
+    try:
+        return any(matches(folder, patterns) for folder in adapters_of(start)) if start else False
+    except subprocess.CalledProcessError:
+        return False  # rewritten history
+
+
 def nothing_matches(patterns: list[str], there: list[str]) -> str:
     """What to say of patterns that no adapter matches: there may be none, or a typing error."""
     named = ", ".join(there[:MOST_NAMED]) + (", ..." if len(there) > MOST_NAMED else "")
@@ -126,7 +135,7 @@ def main() -> int:
     plan = plan_of(os.environ["GITHUB_EVENT_NAME"], event, os.environ["GITHUB_SHA"])
     patterns, there = lines_of("ADAPTERS"), adapters_of(plan.head)
     matching = [folder for folder in there if matches(folder, patterns)]
-    if not matching:
+    if not matching and (there or not had_some(plan.start, patterns)):
         error(nothing_matches(patterns, there))
         return 1
     adapters = wanted(plan, matching, lines_of("ALSO"))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.adapter import Adapter, read_adapter
 from pytest_lora.catalog import find_check
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable, UsageError
-from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, emit
+from pytest_lora.records import TO_DECIDE, Bound, CheckResult, Measurement, Outcome, emit
 from pytest_lora.report.text import explain
 
 if TYPE_CHECKING:
@@ -621,7 +621,7 @@ def _judge(
         check=check,
         adapter=adapter,
         outcome=outcome,
-        advice="" if outcome is Outcome.PASSED else _advice(check, measurement),
+        advice="" if outcome is Outcome.PASSED else _advice(check, measurement, outcome),
         measurement=measurement,
         bound=Bound(limits.low, limits.high, limits.origin),  # without what it is relative to
         seconds=time.perf_counter() - started,
@@ -663,8 +663,13 @@ def _undecided(
     )
 
 
-def _advice(check: str, measurement: Measurement) -> str:
-    """What to do: the first problem's own remedy, else the check's."""
+def _advice(check: str, measurement: Measurement, outcome: Outcome) -> str:
+    """What to do: more data where that decides, a problem's own remedy, else the check's."""
+    if outcome is Outcome.INCONCLUSIVE and TO_DECIDE in measurement.details:
+        needed = measurement.details[TO_DECIDE]
+        if needed is None:
+            return "move the bound: what was measured lies on it, and no number of items decides"
+        return f"give more items: about {needed:,} would decide, if they come out like these"
     for problem in measurement.problems:
         if problem.fix:
             return problem.fix

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pytest_lora.errors import UsageError
 
-__all__ = ["alone_in", "replace_file", "write_whole"]
+__all__ = ["alone_in", "replace_file", "usual_mode", "write_whole"]
 
 
 def write_whole(path: Path, text: str, what: str = "report") -> None:
@@ -42,17 +42,18 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, usual_mode())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-def _umask() -> int:
+def usual_mode() -> int:
+    """The permissions of a file that is opened for writing; temporary files have fewer."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 @contextlib.contextmanager

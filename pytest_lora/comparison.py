@@ -22,6 +22,7 @@ from typing import Any
 
 from pytest_lora.baseline import FACTS, ITEMS, is_number
 from pytest_lora.errors import UsageError
+from pytest_lora.names import meant
 from pytest_lora.records import CheckResult, Measurement, Outcome
 from pytest_lora.report.json_report import load_report
 from pytest_lora.report.text import allowed, clean, measured
@@ -38,6 +39,10 @@ ERROR_RATE = 0.001
 # Where these differ, numbers differ for reasons that are not the adapter's.
 _VERSIONS = ("torch", "transformers", "peft")
 _SETTINGS = ("base_model", "device", "dtype")
+_FIELDS = (
+    *(f"versions.{name}" for name in _VERSIONS),
+    *(f"settings.{name}" for name in _SETTINGS),
+)
 Key = tuple[str, str, int]
 
 
@@ -125,6 +130,10 @@ def compare_reports(
     """
     if not 0 < error_rate < 1:
         raise UsageError(f"--error-rate={error_rate} is no probability between 0 and 1")
+    for field in across:
+        if field not in _FIELDS:
+            known = meant(field, _FIELDS, f"there are {', '.join(_FIELDS)}")
+            raise UsageError(f"--across={field}: no field of that name is compared{known}")
     old_environment, old = load_report(before)
     new_environment, new = load_report(after)
     old_names, new_names = _names(old), _names(new)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.nll_cache import NllCache, Scores
 from pytest_lora.quantities import Floor, Margin
 from pytest_lora.records import Bound
-from pytest_lora.tasks.texts import Texts, open_texts
 
 if TYPE_CHECKING:
     from pytest_lora.baseline import Reference
     from pytest_lora.profile import Entry
     from pytest_lora.tasks.records import Task
+    from pytest_lora.tasks.texts import Texts
 
-__all__ = ["SourceDomain", "TargetTask", "open_source", "open_task"]
+__all__ = ["SourceDomain", "TargetTask", "how_to_open", "open_source", "open_task"]
 
 RECORDED = "being recorded, not judged"
 REPORTED = "no bound set: reported, not judged"
@@ -48,8 +48,14 @@ Recorded = Callable[[str], "Reference | None"]
 """Gives what a baseline has, for a bound whose origin it is told; None while it is recorded."""
 
 
+def how_to_open(entry: Entry) -> dict[str, Any]:
+    """What :func:`~pytest_lora.tasks.texts.open_texts` takes of a source domain's keys."""
+    return {key: entry.values[key] for key in _OPENING if key in entry.values}
+
+
 def open_source(
     entry: Entry,
+    texts: Texts,
     *,
     otherwise: tuple[float | Margin | None, str],
     evaluation: Mapping[str, Any],
@@ -59,16 +65,14 @@ def open_source(
 
     Args:
         entry: of the profile.
+        texts: its documents.
         otherwise: the limit where the entry has none of its own, and who set it.
         evaluation: options that hold for all data of the run.
         reference: what the baseline has of this domain's drift.
 
     Raises:
-        UsageError: its texts cannot be read.
         CannotRun: the bound is relative to a baseline that has nothing of this.
     """
-    how = {key: entry.values[key] for key in _OPENING if key in entry.values}
-    texts = open_texts(entry.values["path"], **how)
     limit, origin = otherwise
     if entry.get("max_drift") is not None:
         limit, origin = entry.values["max_drift"], entry.origins["max_drift"]
@@ -141,9 +145,10 @@ def open_task(
     floor, recorded = _floor(entry, domain, reference)
     if recorded is not None:
         options["reference"] = recorded
-    if "min_change" in floor:  # always on all items
-        options = {key: options[key] for key in options if key not in ("alpha", "full")}
-    return TargetTask(task, floor, options, {**drawn, "alpha": shared["alpha"]}, drawn)
+    writing = {**drawn, "alpha": shared["alpha"]}
+    if "max_unstopped" in entry.values:
+        writing["limits"] = {"unstopped": entry.values["max_unstopped"]}
+    return TargetTask(task, floor, options, writing, drawn)
 
 
 def _floor(

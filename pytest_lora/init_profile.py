@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pytest_lora.adapter import Adapter
+from pytest_lora.atomic import usual_mode
 from pytest_lora.errors import UsageError
 
 __all__ = ["SCHEMA_URL", "profile_text", "write_profile"]
@@ -97,6 +98,7 @@ def write_profile(path: Path, adapters: Iterable[Adapter]) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(temporary, usual_mode())  # not for its writer's eyes alone
         os.link(temporary, path)  # unlike a rename, fails where somebody was faster
     except OSError as error:
         raise UsageError(f"{path}: cannot write the profile: {error.strerror or error}") from None

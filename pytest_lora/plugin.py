@@ -334,7 +334,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         run.close()
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
+def pytest_report_header(config: pytest.Config) -> list[str] | None:
     run = config.stash[RUN]
     names = run.locate()
     if not names:
@@ -343,7 +343,14 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
     found = [f"{name} {version}" for name, version in versions().items() if version]
     counted = "1 adapter" if len(names) == 1 else f"{len(names)} adapters"
-    return f"lora: {counted}; {', '.join(found)}"
+    lines = [f"lora: {counted}; {', '.join(found)}"]
+    # A name in it that is spelt otherwise would leave an adapter without its bounds, unnoticed.
+    unmatched = run.profile.unmatched(names) if run.profile else ()
+    if unmatched:
+        patterns = ", ".join(f"[adapters.{pattern!r}]" for pattern in unmatched)
+        assert run.profile is not None
+        lines.append(f"lora: no adapter of this run matches {patterns} in {run.profile.name}")
+    return lines
 
 
 # ------------------------------------------------------------------------------------- collection

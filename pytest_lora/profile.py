@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,21 @@ SOURCE_KEYS: Mapping[str, Key] = {
     ),
 }
 SCORINGS = ("generate", "choices")
+FORMS = (
+    "prompt_answer",
+    "prompt_choices",
+    "question_answer",
+    "gsm8k",
+    "hellaswag",
+    "arc",
+    "openbookqa",
+    "winogrande",
+    "piqa",
+    "boolq",
+    "humaneval",
+    "instruction_choices",
+    "instruction",
+)
 LENGTHS = ("none", "characters", "bytes", "tokens")
 GRADERS = ("exact", "normalised", "gsm8k", "label", "regex")
 
@@ -212,7 +227,9 @@ TASK_KEYS: Mapping[str, Key] = {
         choice("items", "domain"),
         _one_of("items", "domain"),
     ),
-    "format": _key("the form of the file, where its fields alone do not tell", _text, _STRING),
+    "format": _key(
+        "the form of the file, where its fields alone do not tell", choice(*FORMS), _one_of(*FORMS)
+    ),
     "grader": _key(
         "how a written answer is judged: " + ", ".join(GRADERS) + " (default: the format's)",
         choice(*GRADERS),
@@ -253,6 +270,13 @@ TASK_KEYS: Mapping[str, Key] = {
         _whole(1),
         _count(1),
     ),
+    "max_unstopped": _key(
+        "the share of answers that may run into max_new_tokens without an end, whatever the base "
+        'model does: 0 for an adapter that was trained to end every answer, or "5%" (default: no '
+        "more than the base model's)",
+        parse_share,
+        _QUANTITY,
+    ),
     "batch_size": _key("rows run together (default: 8)", _whole(1), _count(1)),
 }
 LM_EVAL_KEYS = ("metric", "filter", "limit")
@@ -274,12 +298,14 @@ class Entry:
         values: the parsed value of every key that was given; a ``path`` relative to the profile is
             resolved.
         origins: where each of them stands, for messages.
+        place: file and line where the table begins, for messages.
     """
 
     kind: str
     name: str
     values: Mapping[str, Any]
     origins: Mapping[str, str]
+    place: str = ""
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of ``key``, or ``default`` where it was not given."""
@@ -324,6 +350,11 @@ class Profile:
         profile._validate()
         return profile
 
+    @property
+    def name(self) -> str:
+        """What messages call the file."""
+        return self.reader.name
+
     def layers(self, adapter: str) -> list[Layer]:
         """What the profile says of the settings of the adapter of that name, weakest first."""
         return [
@@ -336,47 +367,43 @@ class Profile:
         """The source domains or tasks of an adapter, in the order of the file."""
         values: dict[str, dict[str, Any]] = {}
         origins: dict[str, dict[str, str]] = {}
+        places: dict[str, str] = {}
         for section in self._matching(adapter):
             for name, given in section.entries[kind].items():
                 spell = self._speller(section, kind, name)
                 parsed = {key: KINDS[kind][key].parse(raw) for key, raw in given.items()}
                 values.setdefault(name, {}).update(parsed)
                 origins.setdefault(name, {}).update({key: spell(key) for key in given})
-        return tuple(self._entry(kind, name, values[name], origins[name]) for name in values)
+                places.setdefault(name, self.reader.place(*section.keys, kind, name))
+        return tuple(
+            self._entry(Entry(kind, name, values[name], origins[name], places[name]))
+            for name in values
+        )
 
-    def _entry(
-        self, kind: str, name: str, values: dict[str, Any], origins: dict[str, str]
-    ) -> Entry:
+    def unmatched(self, adapters: Iterable[str]) -> tuple[str, ...]:
+        """The patterns of sections that are about none of these adapters."""
+        names = list(adapters)
+        return tuple(
+            section.pattern
+            for section in self.sections
+            if not any(fnmatch.fnmatch(name, section.pattern) for name in names)
+        )
+
+    def _entry(self, entry: Entry) -> Entry:
+        kind, values = entry.kind, dict(entry.values)
         for key, spec in KINDS[kind].items():
             if spec.required and key not in values:
-                raise UsageError(f"{self.reader.name}: [{kind}.{name}] has no {key!r}: {spec.help}")
+                raise UsageError(
+                    f"{entry.place}: [{kind}.{entry.name}] has no {key!r}: {spec.help}"
+                )
         if kind == "tasks":
-            self._require_one_task(name, values, origins)
+            _require_one_task(entry)
             if str(values.get("lm_eval", "")).endswith((".yaml", ".yml")):
                 found = self.path.parent / Path(values["lm_eval"]).expanduser()
                 values["lm_eval"] = str(found)
         for key in values.keys() & _PATHS:
             values[key] = self.path.parent / Path(values[key]).expanduser()
-        return Entry(kind, name, values, origins)
-
-    def _require_one_task(
-        self, name: str, values: Mapping[str, Any], origins: Mapping[str, str]
-    ) -> None:
-        """A task is a file or one of lm-eval's, and has the keys of what it is."""
-        if "path" not in values and "lm_eval" not in values:
-            raise UsageError(
-                f"{self.reader.name}: [tasks.{name}] has no 'path' and no 'lm_eval': which file"
-                " holds the items, or which task of lm-eval is it?"
-            )
-        if "lm_eval" in values:
-            wrong = [key for key in values if key not in _BESIDE_LM_EVAL]
-            known = ", ".join(sorted(_BESIDE_LM_EVAL))
-            why = f"does not go with lm_eval, whose tasks say it themselves; keys that do: {known}"
-        else:
-            wrong = [key for key in values if key in LM_EVAL_KEYS]
-            why = "goes with lm_eval only"
-        if wrong:
-            raise UsageError(f"{origins[wrong[0]]}: {wrong[0]!r} {why}")
+        return replace(entry, values=values)
 
     def _matching(self, adapter: str) -> Iterator[_Section]:
         for section in self.sections:
@@ -409,6 +436,28 @@ class Profile:
             self.entries(kind, "")
 
 
+def _require_one_task(entry: Entry) -> None:
+    """A task is a file or one of lm-eval's, and has the keys of what it is."""
+    values, origins = entry.values, entry.origins
+    if "path" not in values and "lm_eval" not in values:
+        raise UsageError(
+            f"{entry.place}: [tasks.{entry.name}] has no 'path' and no 'lm_eval': which file"
+            " holds the items, or which task of lm-eval is it?"
+        )
+    if "lm_eval" in values:
+        wrong = [key for key in values if key not in _BESIDE_LM_EVAL]
+        known = ", ".join(sorted(_BESIDE_LM_EVAL))
+        why = f"does not go with lm_eval, whose tasks say it themselves; keys that do: {known}"
+    else:
+        wrong = [key for key in values if key in LM_EVAL_KEYS]
+        why = "goes with lm_eval only"
+    if wrong:
+        raise UsageError(f"{origins[wrong[0]]}: {wrong[0]!r} {why}")
+    if (values.get("grader") == "regex") != ("pattern" in values):
+        alone = "pattern" if "pattern" in values else "grader"
+        raise UsageError(f'{origins[alone]}: grader = "regex" and pattern go together')
+
+
 def _check_entry(
     kind: str, name: str, given: Mapping[str, Any], spell: Callable[[str], str]
 ) -> None:
@@ -420,7 +469,8 @@ def _check_entry(
         try:
             known[key].parse(raw)
         except ValueError as expected:
-            raise UsageError(f"{spell(key)}: got {raw!r}, expected {expected}") from None
+            near = meant(raw, known[key].schema.get("enum", ())) if isinstance(raw, str) else ""
+            raise UsageError(f"{spell(key)}: got {raw!r}, expected {expected}{near}") from None
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -438,6 +488,11 @@ class _Reader:
         line = self.lines.get(keys)
         return f"{keys[-1]} in {self.name}" + (f":{line}" if line else "")
 
+    def place(self, *keys: str) -> str:
+        """``lora.toml:7``: where a table begins, or the first of its keys where it has no head."""
+        inside = [line for at, line in self.lines.items() if at[: len(keys)] == keys]
+        return f"{self.name}:{min(inside)}" if inside else self.name
+
     def table(self, value: Any, *keys: str) -> Mapping[str, Any]:
         """``value``, which has to be a table."""
         if not isinstance(value, Mapping):
@@ -448,7 +503,8 @@ class _Reader:
 def _sections(reader: _Reader, data: Mapping[str, Any]) -> Iterator[_Section]:
     for name in data:
         if name not in ("defaults", "adapters", *KINDS):
-            raise UsageError(f"{reader.spell(name)}: unknown table [{name}]; {_TABLES}")
+            near = meant(name, ("defaults", "adapters", *KINDS))
+            raise UsageError(f"{reader.spell(name)}: unknown table [{name}]{near}; {_TABLES}")
     shared = {kind: data[kind] for kind in KINDS if kind in data}
     defaults = reader.table(data.get("defaults", {}), "defaults")
     yield _Section("*", ("defaults",), defaults, {kind: {} for kind in KINDS})
@@ -480,7 +536,7 @@ def _entries(
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except OSError as error:
         raise UsageError(f"{name}: cannot read the profile: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 __all__ = [
+    "TO_DECIDE",
     "Bound",
     "CheckResult",
     "Json",
@@ -27,6 +28,10 @@ __all__ = [
 ]
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+TO_DECIDE = "items_to_decide"
+"""Key of a measurement's details under which a check says how many items its verdict takes, about,
+where these leave it open; None where no number does."""
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

@@ -7,7 +7,7 @@ Heavy libraries are imported when the first base model is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import util
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pytest_lora.subject import BaseModel, BasePool, Subject
     from pytest_lora.tasks.progress import Progress
     from pytest_lora.tasks.records import Task
+    from pytest_lora.tasks.texts import Texts
 
 __all__ = ["MODEL_LIBRARIES", "Run", "missing_libraries", "versions"]
 
@@ -57,6 +58,15 @@ def versions() -> dict[str, str | None]:
 
     names = ("pytest-lora", "pytest", "safetensors", *MODEL_LIBRARIES)
     return {name: installed_version(name) for name in names}
+
+
+@contextmanager
+def _in_the_table_of(entry: Entry) -> Iterator[None]:
+    """What is wrong with data is told with the line of the profile that asks for them."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{entry.place}: {error}") from None
 
 
 class _Bounds(Mapping[str, Bound]):
@@ -144,8 +154,8 @@ class Run:
     _subject: Subject | None = None
     _bases: list[BaseModel] = field(default_factory=list)
     _pool: BasePool | None = None
-    _sources: dict[tuple[Any, ...], SourceDomain] = field(default_factory=dict)
-    _tasks: dict[tuple[str, str], Task] = field(default_factory=dict)
+    _texts: dict[tuple[Any, ...], Texts] = field(default_factory=dict)
+    _tasks: dict[tuple[Any, ...], Task] = field(default_factory=dict)
     progress: Progress | None = None
     recording: bool = False
 
@@ -350,23 +360,33 @@ class Run:
                 raise UsageError(f"{entry.origins['path']}: {path} is not there")
 
     def source(self, adapter: str, name: str, settings: Settings) -> SourceDomain:
-        """A source domain of an adapter, open; its file is read once for each bound."""
+        """A source domain of an adapter, open."""
         from pytest_lora.data import open_source
 
         entry = self.entry("sources", adapter, name)
         limit = settings.bounds.get("perplexity_drift"), settings.origin("perplexity_drift")
-        key = (adapter, name, *limit)
-        if key not in self._sources:
-            self._sources[key] = open_source(
-                entry,
-                otherwise=limit,
-                evaluation=self.evaluation(adapter),
-                reference=self._recorded(adapter, f"perplexity_drift[{name}]"),
-            )
-        return self._sources[key]
+        return open_source(
+            entry,
+            self._documents(entry),
+            otherwise=limit,
+            evaluation=self.evaluation(adapter),
+            reference=self._recorded(adapter, f"perplexity_drift[{name}]"),
+        )
+
+    def _documents(self, entry: Entry) -> Texts:
+        """The texts of a source domain; their file is walked through once for all adapters."""
+        from pytest_lora.data import how_to_open
+        from pytest_lora.tasks.texts import open_texts
+
+        path, how = entry.values["path"], how_to_open(entry)
+        key = (path, *sorted(how.items()))
+        if key not in self._texts:
+            with _in_the_table_of(entry):
+                self._texts[key] = open_texts(path, **how)
+        return self._texts[key]
 
     def task(self, adapter: str, name: str, *, judged: bool = True) -> TargetTask:
-        """A target task of an adapter; its file is read once per run.
+        """A target task of an adapter.
 
         Args:
             adapter: its name.
@@ -384,12 +404,15 @@ class Run:
         )
 
     def _items(self, adapter: str, name: str) -> Task:
-        from pytest_lora.tasks.configure import make_task
+        """The items of a task; its file is read once for all adapters that are asked alike."""
+        from pytest_lora.tasks.configure import HOW_TO_JUDGE, make_task
 
-        key = (adapter, name)
+        entry, allowed = self.entry("tasks", adapter, name), self.settings.allow_code_execution
+        asked = [item for item in entry.values.items() if item[0] not in HOW_TO_JUDGE]
+        key = (name, *sorted(asked))
         if key not in self._tasks:
-            entry, allowed = self.entry("tasks", adapter, name), self.settings.allow_code_execution
-            self._tasks[key] = make_task(name, entry.values, allow_code_execution=allowed)
+            with _in_the_table_of(entry):
+                self._tasks[key] = make_task(name, entry.values, allow_code_execution=allowed)
         return self._tasks[key]
 
     def _recorded(self, adapter: str, label: str) -> Callable[[str], Reference | None]:

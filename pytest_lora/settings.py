@@ -573,7 +573,8 @@ def _parse(setting: Setting, raw: Any, origin: str) -> Any:
     try:
         return setting.parse(raw)
     except ValueError as expected:
-        raise UsageError(f"{origin}: got {raw!r}, expected {expected}") from None
+        near = meant(raw, setting.schema.get("enum", ())) if isinstance(raw, str) else ""
+        raise UsageError(f"{origin}: got {raw!r}, expected {expected}{near}") from None
     except TypeError:
         raise UsageError(f"{origin}: got {raw!r}, which has the wrong type") from None
 

@@ -96,13 +96,13 @@ def measure_generation_health(
 
     Raises:
         NotApplicable: the base model does not continue a text.
-        CannotRun: too few prompts for the comparison to decide at this alpha.
+        CannotRun: too few prompts for the comparison to decide at this alpha, and no limits.
         UsageError: an argument cannot be meant.
     """
     limits = _limits(limits)
     tokens = task_tokenizer(subject, tokenizer)
     asked = _Asked(prompts, tokens, count, seed, max_new_tokens)
-    _require_enough(len(asked.ids), limits, alpha)
+    few = _left_open(len(asked.ids), limits, alpha)
     ours, our_notes = asked.answers(subject.model, batch_size)
     with subject.base.bare() as module:
         theirs, their_notes = asked.answers(module, batch_size)
@@ -118,7 +118,7 @@ def measure_generation_health(
         problems,
         count=len(asked.ids),
         unit="symptoms",
-        notes=[*our_notes, *(f"base model: {note}" for note in their_notes)],
+        notes=[*few, *our_notes, *(f"base model: {note}" for note in their_notes)],
         symptoms=table,
         alpha=alpha,
         repetition={"adapter": _mean_of(ours, repetition), "base": _mean_of(theirs, repetition)},
@@ -266,17 +266,24 @@ def _limits(limits: Mapping[str, float] | None) -> dict[str, float]:
     return given
 
 
-def _require_enough(count: int, limits: Mapping[str, float], alpha: float) -> None:
-    """With too few prompts even the worst adapter could not be told from chance."""
+def _left_open(count: int, limits: Mapping[str, float], alpha: float) -> list[str]:
+    """What too few prompts leave open: even the worst adapter could not be told from chance."""
     if not 0 < alpha < 1:
         raise UsageError(f"alpha={alpha} is no probability between 0 and 1")
     least = math.ceil(math.log2(len(SYMPTOMS) / alpha) - 1e-9)
-    if count < least and len(limits) < len(SYMPTOMS):
+    unlimited = [name for name in SYMPTOMS if name not in limits]
+    if count >= least or not unlimited:
+        return []
+    if not limits:
         raise CannotRun(
             f"{count} prompts cannot decide at an error rate of {alpha:g}: it takes {least}, or a"
             f" limit for each of {', '.join(SYMPTOMS)}",
             missing=True,
         )
+    return [
+        f"not judged: {', '.join(unlimited)}; {count} prompts cannot decide at an error rate of"
+        f" {alpha:g}, it takes {least}"
+    ]
 
 
 # ------------------------------------------------------------------------------- diversity

@@ -7,6 +7,9 @@ alpha, never once the rest cannot change it.  What a finished set says about the
 sample of is another question, answered by intervals.
 
 *Change* is the accuracy of the adapted model minus that of the untouched base on the same items.
+Each item is a pair, what the base lost to the adapter -1, 0 or 1, and the mean of all pairs against
+the limit is decided in the same order by :class:`~pytest_lora.stats.sequential.SequentialMean`:
+floor and cap are known, so that its error rate holds for every set.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.baseline import FACTS, ITEMS, MOST_ITEMS, Reference, since_baseline
 from pytest_lora.errors import CannotRun, UsageError
-from pytest_lora.records import Json, Measurement
+from pytest_lora.records import TO_DECIDE, Json, Measurement
 from pytest_lora.stats.order import seeded_order
 from pytest_lora.stats.paired import (
     changes,
@@ -34,6 +37,7 @@ from pytest_lora.stats.proportions import (
     needed_items,
     wilson_interval,
 )
+from pytest_lora.stats.sequential import SequentialMean, Verdict
 from pytest_lora.tasks.evaluation import base_facts
 from pytest_lora.tasks.formats import read_task
 from pytest_lora.tasks.progress import Pace
@@ -54,6 +58,7 @@ ALPHA = 0.001
 CONFIDENCE = 0.95
 """Of intervals for the domain that the items are a sample of."""
 UNIT = "accuracy"
+EARLY = "known early; McNemar's test and the domain's interval need all items: --lora-full-eval"
 FAILING = 5
 
 
@@ -121,12 +126,16 @@ def measure_task_accuracy(
     found = _Found(known, tokens, list(_scored(scorer, order, rule, pace)), rule)
     details = {**_details(found, scorer, confidence, alpha), FACTS: facts}
     if reference is not None:
-        details["baseline"] = _since(found, reference, 0.0, confidence)
+        since = _since(found, reference, 0.0, confidence)
+        details["baseline"] = since if found.rule is None else _without_tests(since)
     if base:
         ground = ItemScorer(subject, known, tokens, base=True, **options)
         scores = list(_scored(ground, order, None, pace))
         details["base"] = _comparison(found.scores, scores, 0.0, confidence)
         details["notes"] += [f"base model: {note}" for note in ground.notes]
+    if domain and floor is not None:
+        values = [score.score for score in found.scores]
+        details[TO_DECIDE] = _to_decide(values, floor, confidence)
     low, high = _interval(found, domain, confidence, alpha)
     return Measurement(
         value=found.accuracy,
@@ -145,7 +154,9 @@ def measure_task_change(
     *,
     tokenizer: Any = None,
     min_change: float = 0.0,
+    full: bool = False,
     domain: bool = False,
+    alpha: float = ALPHA,
     confidence: float = CONFIDENCE,
     batch_size: int = 8,
     seed: int = 0,
@@ -155,20 +166,24 @@ def measure_task_change(
 ) -> Measurement:
     """Accuracy with the adapter minus that of the untouched base, on the same items.
 
-    The value is exact for these items; with ``domain`` it comes with an interval for the domain
-    they are a sample of (Tango's, for paired 0/1 scores).  McNemar's exact test of any change and
-    the non-inferiority p-value at ``min_change`` are in the details: -0.02 asks whether less than
-    two points were lost, a positive one whether at least so much was gained.
+    Where scores are 0 or 1, items are taken in a seeded order, each with both models, until it is
+    known whether the change over all of them is at least ``min_change``, wrongly with probability
+    at most ``alpha``; the measurement then has an interval on one side of it.  With ``full`` every
+    item is scored and the value is exact for these items; McNemar's exact test of any change and
+    the non-inferiority p-value at ``min_change`` are in the details then: -0.02 asks whether less
+    than two points were lost, a positive one whether at least so much was gained.  With ``domain``
+    every item is scored, and the interval is that for the domain they are a sample of (Tango's, for
+    paired 0/1 scores).
 
-    With ``reference`` the recorded scores of an earlier adapter take the place of the base's, and
-    the base is not run.
+    With ``reference`` the recorded scores of an earlier adapter take the place of the base's, the
+    base is not run, and every item is scored.
 
-    Arguments and exceptions as for :func:`measure_task_accuracy`; every item is scored twice.
+    Arguments and exceptions as for :func:`measure_task_accuracy`.
     """
     known = task if isinstance(task, Task) else read_task(task)
     if not -1 < min_change < 1:
         raise UsageError(f"min_change={min_change} is no difference of accuracies")
-    _check(None, ALPHA, confidence, batch_size)
+    _check(None, alpha, confidence, batch_size)
     tokens = task_tokenizer(subject, tokenizer)
     facts = _facts(subject, known)
     options: dict[str, Any] = {"batch_size": batch_size, "store": store}
@@ -179,17 +194,25 @@ def measure_task_change(
         pace = Pace(len(known), progress)
         found = _Found(known, tokens, list(_scored(scorer, order, None, pace)), None)
         return _change_since(found, scorer, reference, min_change, domain, confidence, facts)
-    pace = Pace(2 * len(known), progress)
     ground = ItemScorer(subject, known, tokens, base=True, **options)
-    found = _Found(known, tokens, list(_scored(scorer, order, None, pace)), None)
-    before = list(_scored(ground, order, None, pace))
+    rule = None if full or domain else _Loss(len(known), min_change, alpha)
+    pairs = list(_scored_pairs(scorer, ground, order, rule, Pace(2 * len(known), progress)))
+    found = _Found(known, tokens, [after for after, _ in pairs], None)
+    before = [score for _, score in pairs]
     comparison = _comparison(found.scores, before, min_change, confidence)
-    value = comparison["change"]  # rounded once, unlike a difference of two means
-    low, high = comparison["interval"] if domain else (None, None)
     details = {**_details(found, scorer, confidence), "base": comparison, FACTS: facts}
     details["notes"] += [f"base model: {note}" for note in ground.notes]
+    if domain:
+        values = [after.score - base.score for after, base in pairs]
+        details[TO_DECIDE] = _to_decide(values, min_change, confidence)
+    low, high = comparison["interval"] if domain else (None, None)
+    if rule is not None and len(pairs) < len(known):
+        low, high = rule.interval()
+        details |= {"certain": rule.mean.certain, "sequential": rule.evidence()}
+        details["base"] = _without_tests(comparison)
+        details["notes"].append(EARLY)
     return Measurement(
-        value=value,
+        value=comparison["change"],  # rounded once, unlike a difference of two means
         unit="accuracy, adapter minus base",
         count=len(found.scores),
         low=low,
@@ -197,6 +220,76 @@ def measure_task_change(
         where=_lost(known, found.scores, before),
         details=details,
     )
+
+
+class _Loss:
+    """Whether the change over all items is at least a limit, pair by pair.
+
+    In terms of what is lost, base minus adapter, that is a mean of at most minus the limit: so a
+    set that loses exactly what may be lost passes, as on the whole set.
+    """
+
+    def __init__(self, size: int, min_change: float, alpha: float) -> None:
+        self.mean = SequentialMean(size, -min_change, alpha=alpha, floor=-1.0, cap=1.0)
+
+    def interval(self) -> tuple[float, float]:
+        """Of the change over all items, at the verdict's error rate and on its side."""
+        low, high = self.mean.interval(1 - 2 * self.mean.alpha)
+        limit = self.mean.limit
+        if self.mean.verdict is Verdict.AT_MOST:
+            high = min(high, limit)
+            return -high, -min(low, high)
+        low = max(low, math.nextafter(limit, math.inf))
+        return -max(low, high), -low
+
+    def evidence(self) -> dict[str, Any]:
+        """What a verdict rests on, in terms of what is lost; how it came about, as changes."""
+        path = [
+            {
+                "used": row["used"],
+                "estimate": _turned(row["estimate"]),
+                "low": _turned(row["high"]),
+                "high": _turned(row["low"]),
+            }
+            for row in self.mean.path(1 - 2 * self.mean.alpha)
+        ]
+        return {"item": "base - adapter", **self.mean.evidence(), "path": path}
+
+
+def _turned(loss: float | None) -> float | None:
+    """A loss as a change, or the other way round."""
+    return None if loss is None else -loss
+
+
+def _scored_pairs(
+    scorer: ItemScorer, ground: ItemScorer, order: Sequence[int], rule: _Loss | None, pace: Pace
+) -> Iterator[tuple[ItemScore, ItemScore]]:
+    """Items in order with both models, until the rule knows; as :func:`_scored`."""
+    begin, seen, total = 0, 0, 0.0
+    while begin < len(order):
+        part = order[begin : begin + min(scorer.batch_size, ground.batch_size)]
+        begin += len(part)
+        before = scorer.computed + ground.computed
+        for pair in zip(scorer.scores(part), ground.scores(part), strict=True):
+            yield pair
+            after, base = (score.score for score in pair)
+            seen, total = seen + 1, total + after - base
+            if not {after, base} <= {0, 1}:
+                rule = None
+            if rule is not None:
+                rule.mean.add(base - after)
+                if rule.mean.verdict is not None:
+                    pace.skip(2 * (len(order) - begin))
+                    begin = len(order)
+                    break
+        computed = scorer.computed + ground.computed > before
+        pace.step(2 * len(part), computed=computed, estimate=total / seen)
+
+
+def _without_tests(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison on the items of an early verdict, which chose how many they are."""
+    tests = ("mcnemar_p", "non_inferiority_p", "interval", "confidence")
+    return {name: value for name, value in comparison.items() if name not in tests}
 
 
 def _facts(subject: Subject, task: Task) -> dict[str, Any]:
@@ -236,6 +329,10 @@ def _change_since(
         )
     low, high = comparison["interval"] if domain else (None, None)
     details = {**_details(found, scorer, confidence), "baseline": comparison, FACTS: facts}
+    if domain:
+        items = found.task.items
+        values = [score.score - reference.items[items[score.index].id] for score in found.scores]
+        details[TO_DECIDE] = _to_decide(values, min_change, confidence)
     return Measurement(
         value=comparison["change"],
         unit=since_baseline(UNIT),
@@ -333,6 +430,21 @@ def _domain_interval(scores: Sequence[ItemScore], confidence: float) -> tuple[fl
         return 0.0, 1.0
     low, high = mean_interval(values, confidence)
     return max(low, 0.0), min(high, 1.0)
+
+
+def _to_decide(values: Sequence[float], limit: float, confidence: float) -> int | None:
+    """How many items like these bring the limit out of the interval; None if none ever do.
+
+    By the normal approximation: for planning.
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    variance = math.fsum((value - mean) ** 2 for value in values) / count
+    deviation = math.sqrt(max(variance, 0.25 / count))  # all alike is no proof of no variance
+    margin = abs(mean - limit)
+    return (
+        needed_items(margin, deviation, alpha=(1 - confidence) / 2, power=0.5) if margin else None
+    )
 
 
 def _evidence(rule: SequentialProportion, alpha: float) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from pytest_lora.tasks.graders import GRADERS, RegexAnswer
 from pytest_lora.tasks.humaneval import HumanEvalGrader
 from pytest_lora.tasks.records import Length, Scoring, Task
 
-__all__ = ["make_task", "task_from_config"]
+__all__ = ["HOW_TO_JUDGE", "make_task", "task_from_config"]
 
-_HOW_TO_JUDGE = ("min_accuracy", "about", "batch_size")
+HOW_TO_JUDGE = ("min_accuracy", "about", "max_unstopped", "batch_size")
+"""Keys of a table that its task does not depend on."""
 
 
 def task_from_config(
@@ -67,7 +68,7 @@ def make_task(name: str, values: Mapping[str, Any], *, allow_code_execution: boo
             without permission to run code.
     """
     where = f"[tasks.{name}]"
-    rules = {key: value for key, value in values.items() if key not in _HOW_TO_JUDGE}
+    rules = {key: value for key, value in values.items() if key not in HOW_TO_JUDGE}
     if "lm_eval" in rules:
         return _of_lm_eval(name, rules)
     path = rules.pop("path")

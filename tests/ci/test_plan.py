@@ -90,6 +90,23 @@ def test_a_removed_adapter_is_not_judged(repository: Repository) -> None:
     assert plan(repository, "push", {"before": repository.start}, sha)["any"] == "false"
 
 
+def test_the_last_adapter_may_be_removed_but_not_moved_out_of_sight(
+    repository: Repository,
+) -> None:
+    for adapter in FOLDERS:
+        repository.git("rm", "-rq", adapter)
+    gone = repository.commit()
+    found = plan(repository, "pull_request", pull(repository, gone, "our/adapters"), gone)
+    assert (found["adapters"], found["any"]) == ("", "false")
+    moved = repository.commit(**{"adaptors/a/adapter_config.json": "{}"})
+    for event, sha in ((pull(repository, moved, "our/adapters"), moved), ({}, gone)):
+        name = "pull_request" if event else "schedule"
+        step = Step(repository.folder, name, event)
+        done = step.run(CI / "plan.py", GITHUB_SHA=sha, ADAPTERS="adapters/*", ALSO="")
+        assert done.returncode == 1
+        assert "::error::no adapter matches adapters/*" in done.stdout
+
+
 @pytest.mark.parametrize("before", ["0" * 40, "1" * 40], ids=["new branch", "rewritten"])
 def test_without_a_start_all_are_judged(repository: Repository, before: str) -> None:
     found = plan(repository, "push", {"before": before}, repository.start)

@@ -12,6 +12,7 @@ from example import FIXTURES, NEEDS_EXAMPLE
 
 pytest.importorskip("torch")
 
+from pytest_lora.errors import UsageError
 from pytest_lora.run import Run
 from pytest_lora.settings import Layer, option_name
 
@@ -194,8 +195,60 @@ def test_a_floor_may_be_relative_to_the_base_and_choices_have_no_health(
     ]
     run_ = _run_of(two)
     assert list(run_.task("adapters/good", "chosen").floor) == ["min_change"]
-    assert "alpha" not in run_.task("adapters/good", "chosen").options
+    # Two tasks are four verdicts, and this one's share is that of an accuracy.
+    assert run_.task("adapters/good", "chosen").options["alpha"] == 0.001 / 4
+    assert run_.task("adapters/good", "chosen").options["full"] is False
     assert run_.task("adapters/good", "written").floor["min_accuracy"].low == -math.inf
+
+
+def test_data_is_read_once_for_all_adapters_that_are_asked_alike(two: pytest.Pytester) -> None:
+    """Fifty adapters of one base must not be fifty copies of the items."""
+    (two.path / "t.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (two.path / "s.txt").write_text("some text\n")
+    profile(
+        two,
+        '[sources.s]\npath = "s.txt"\nmax_drift = 1\n'
+        '[tasks.t]\npath = "t.jsonl"\nmin_accuracy = "50%"\nmax_unstopped = "10%"\n'
+        '[adapters."*/b"]\ntasks.t.min_accuracy = "80%"\nsources.s.max_drift = 2\n'
+        '[adapters."*/c".tasks.t]\ntemplate = "{prompt}?"\n',
+    )
+    run_ = _run_of(two)
+    names = [f"adapters/{name}" for name in "abc"]
+    a, b, c = (run_.task(name, "t") for name in names)
+    assert a.task is b.task
+    assert a.task is not c.task
+    assert (a.floor["min_accuracy"].low, b.floor["min_accuracy"].low) == (0.5, 0.8)
+    assert a.writing["limits"] == {"unstopped": 0.1}
+    first, second, _ = (run_.source(name, "s", run_.settings) for name in names)
+    assert first.texts["s"] is second.texts["s"]
+    assert (first.max_drift.high, second.max_drift.high) == (1, 2)
+
+
+def test_what_is_wrong_with_data_is_told_with_the_line_that_asks_for_them(
+    two: pytest.Pytester,
+) -> None:
+    (two.path / "s.jsonl").write_text('{"txt": "some text"}\n')
+    (two.path / "t.jsonl").write_text('{"prompt": "a"}\n')
+    profile(
+        two,
+        '[sources.s]\npath = "s.jsonl"\n[tasks.t]\npath = "t.jsonl"\n'
+        '[tasks.p]\npath = "t.jsonl"\ngrader = "regex"\npattern = "("\n',
+    )
+    run_ = _run_of(two)
+    with pytest.raises(UsageError, match=r"lora.toml:1: .*s.jsonl:1: no field 'text'"):
+        run_.source("adapters/good", "s", run_.settings)
+    with pytest.raises(UsageError, match=r"lora.toml:3: .*lacks answer"):
+        run_.task("adapters/good", "t")
+    with pytest.raises(UsageError, match=r"lora.toml:5: the pattern '\('"):
+        run_.task("adapters/good", "p")
+
+
+def test_a_section_about_no_adapter_of_the_run_is_named(two: pytest.Pytester) -> None:
+    profile(two, '[adapters."adapters/god"]\nscaling = 3.0\n[adapters."*"]\ncycles = 2\n')
+    told = run(two, "--lora-adapter=adapters/good", "--co")
+    told.stdout.fnmatch_lines(["lora: no adapter of this run matches ?adapters.'adapters/god'?*"])
+    profile(two, '[adapters."adapters/good"]\nscaling = 4.0\n')
+    run(two, "--lora-adapter=adapters/good", "--co").stdout.no_fnmatch_line("*no adapter of this*")
 
 
 def _run_of(project: pytest.Pytester) -> Run:

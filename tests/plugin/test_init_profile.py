@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -40,6 +41,14 @@ def test_the_profile_is_written_and_taken_by_the_next_run(project: pytest.Pytest
     project.path.joinpath("lora.toml").write_text(text.replace("scaling = 4.0", "scaling = 2.0"))
     judged = project.runpytest_inprocess("--lora-adapter=adapters/good", "--lora-checks=files")
     judged.assert_outcomes(passed=2, failed=1, skipped=1, deselected=12)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files are POSIX's")
+def test_others_may_read_it_as_any_file(tmp_path: Path) -> None:
+    write_profile(tmp_path / "lora.toml", [])
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_an_existing_profile_is_never_overwritten(project: pytest.Pytester) -> None:

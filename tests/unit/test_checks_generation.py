@@ -128,6 +128,18 @@ def test_too_few_prompts_decide_nothing(subject: Subject) -> None:
     assert symptoms(subject, count=2, limits=limits) == set()
 
 
+def test_a_limit_is_judged_on_few_prompts_too_and_what_is_left_open_is_said(
+    subject: Subject,
+) -> None:
+    measured = measure_generation_health(subject, TASK, count=2, limits={"unstopped": 0})
+    assert measured.problems == ()
+    assert measured.notes == (
+        "not judged: looping, empty, leaking; 2 prompts cannot decide at an error rate of 0.001,"
+        " it takes 12",
+    )
+    assert symptoms(subject, count=2, max_new_tokens=3, limits={"unstopped": 0}) == {"unstopped"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from pytest_lora.assertions import assert_task_accuracy
 from pytest_lora.baseline import Baseline, Reference
-from pytest_lora.checks.learning import measure_task_accuracy, measure_task_change
+from pytest_lora.checks.learning import _to_decide, measure_task_accuracy, measure_task_change
 from pytest_lora.errors import CannotRun, CheckFailed, UsageError
 from pytest_lora.loading import load_tokenizer, quiet
 from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, collecting
@@ -200,9 +202,38 @@ def test_few_items_do_not_decide_about_a_domain(subject: Subject) -> None:
     assert measured.count == 12
     right = round(measured.value * 12)
     assert (measured.low, measured.high) == wilson_interval(right, 12, 0.95)
+    assert re.search(r"give more items: about [\d,]+ would decide", str(caught.value))
     domain: Any = measured.details["domain"]
     assert domain["minimum_detectable_effect"] > 0.1
     assert domain["items_for_two_points"] > 500
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "needed"), [(0.9, 0.5, 3), (0.9, 0.88, 865), (0.9, 0.9, None)]
+)
+def test_how_many_items_would_decide(value: float, limit: float, needed: int | None) -> None:
+    """1.96 standard errors, of 0.3 over the root of their number, are the distance to the limit."""
+    scores = [1.0] * round(100 * value) + [0.0] * round(100 * (1 - value))
+    assert _to_decide(scores, limit, 0.95) == needed
+    if needed is not None:
+        assert 1.96 * 0.3 / math.sqrt(needed) == pytest.approx(abs(value - limit), rel=0.2)
+
+
+def test_changes_on_few_items_say_how_many_would_decide(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    task = part(PROBLEMS, 40)
+    scripted |= {False: 24, True: 20}
+    with pytest.raises(CheckFailed, match=r"about [0-9,]+ would decide") as caught:
+        assert_task_accuracy(subject, task, min_change=0.05, domain=True)
+    assert caught.value.result.outcome is Outcome.INCONCLUSIVE
+    reference = reference_of(measure_task_accuracy(subject, task))
+    scripted[False] = 26
+    with pytest.raises(CheckFailed, match=r"about [0-9,]+ would decide"):
+        assert_task_accuracy(subject, task, min_change=0.0, domain=True, reference=reference)
+    scripted[False] = 24
+    with pytest.raises(CheckFailed, match="no number of items decides"):
+        assert_task_accuracy(subject, task, min_change=0.0, domain=True, reference=reference)
 
 
 def test_the_base_beside_the_adapter(subject: Subject) -> None:
@@ -236,11 +267,10 @@ def test_grades_between_wrong_and_right_need_every_item(subject: Subject) -> Non
     assert change.value == pytest.approx(base["change"])
 
 
-def test_losing_exactly_what_may_be_lost_passes(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """7 of 10 after 8 of 10, in floats, is a loss of more than 0.1."""
-    right = {False: 7, True: 8}
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[bool, float]:
+    """How many of the first items are right, with the base and without; no model is asked."""
+    right: dict[bool, float] = {}
 
     class Scripted(ItemScorer):
         def __init__(self, *given: Any, base: bool = False, **options: Any) -> None:
@@ -248,14 +278,83 @@ def test_losing_exactly_what_may_be_lost_passes(
             self.right = right[base]
 
         def scores(self, indices: Sequence[int]) -> list[ItemScore]:
+            self.computed += len(indices)
             return [ItemScore(index, float(index < self.right), None) for index in indices]
 
     monkeypatch.setattr("pytest_lora.checks.learning.ItemScorer", Scripted)
-    measured = assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+    return right
+
+
+def test_losing_exactly_what_may_be_lost_passes(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    """7 of 10 after 8 of 10, in floats, is a loss of more than 0.1."""
+    scripted |= {False: 7, True: 8}
+    measured = assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1, full=True)
     assert measured.value == -0.1
-    right[False] = 6
-    with pytest.raises(CheckFailed):
-        assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+    assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1)
+    scripted[False] = 6
+    for full in (True, False):
+        with pytest.raises(CheckFailed):
+            assert_task_accuracy(subject, part(PROBLEMS, 10), min_change=-0.1, full=full)
+
+
+def test_a_change_is_known_before_every_item_was_asked(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    task = PROBLEMS
+    size = len(task)
+    scripted |= {False: 0.9 * size, True: 0.2 * size}
+    gain = assert_task_accuracy(subject, task, min_change=0.1)
+    assert gain.count < size / 4
+    assert gain.low is not None
+    assert gain.high is not None
+    assert 0.1 <= gain.low <= gain.value <= gain.high
+    assert gain.low <= 0.7 <= gain.high
+    base: Any = gain.details["base"]
+    assert base["change"] == gain.value == (base["gained"] - base["lost"]) / gain.count
+    assert not {"mcnemar_p", "non_inferiority_p", "interval"} & base.keys()
+    assert any("--lora-full-eval" in note for note in gain.notes)
+    sequential: Any = gain.details["sequential"]
+    last = sequential["path"][-1]
+    assert (last["used"], last["estimate"]) == (gain.count, pytest.approx(gain.value))
+    assert last["low"] <= last["estimate"] <= last["high"]
+    scripted |= {False: 0.2 * size, True: 0.9 * size}
+    with pytest.raises(CheckFailed) as caught:
+        assert_task_accuracy(subject, task, min_change=-0.02)
+    loss = caught.value.result.measurement
+    assert loss is not None
+    assert loss.count < size / 4
+    assert loss.high is not None
+    assert loss.value <= loss.high < -0.02
+
+
+@pytest.mark.parametrize(("right", "passes"), [(0.5, True), (0.4, False)])
+def test_a_close_change_takes_the_whole_set_and_is_exact(
+    subject: Subject, scripted: dict[bool, float], right: float, passes: bool
+) -> None:
+    """What lies on the limit cannot be known early."""
+    task = part(PROBLEMS, 40)
+    scripted |= {False: 40 * right, True: 20}
+    measured = measure_task_change(subject, task, min_change=0.0)
+    whole = measure_task_change(subject, task, min_change=0.0, full=True)
+    assert whole.value == pytest.approx(right - 0.5)
+    bound = Bound.at_least(0.0, "test")
+    assert (bound.judge(measured) is Outcome.PASSED) is passes
+    assert bound.judge(measured) is bound.judge(whole)
+
+
+def test_an_early_change_is_the_same_each_time_and_however_it_is_cut(
+    subject: Subject, scripted: dict[bool, float]
+) -> None:
+    scripted |= {False: 0.9 * len(PROBLEMS), True: 0.5 * len(PROBLEMS)}
+
+    def once(**options: Any) -> str:
+        measured = measure_task_change(subject, PROBLEMS, min_change=0.1, **options)
+        return json.dumps({**measured.to_dict(), "details": {**measured.details, "computed": None}})
+
+    assert once() == once() == once(batch_size=3)
+    assert json.loads(once(alpha=1e-9))["count"] > json.loads(once())["count"]
 
 
 class Kept(dict[str, float]):
@@ -398,6 +497,10 @@ def test_an_early_verdict_compares_the_items_it_saw(subject: Subject) -> None:
     assert details["items"] == early.count
     assert (details["gained"], details["lost"]) == (0, 0)
     assert details["accuracy"] == reference.value
+    assert "mcnemar_p" not in details
+    whole = measure_task_accuracy(subject, task, min_accuracy=0.5, reference=reference, full=True)
+    details = whole.details["baseline"]
+    assert details["mcnemar_p"] == 1
 
 
 def test_another_task_or_rule_is_refused(subject: Subject) -> None:

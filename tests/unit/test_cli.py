@@ -232,6 +232,9 @@ def test_unlike_reports_are_refused_by_field(
     said = capsys.readouterr().err
     assert "versions.torch was '2.4' and is '2.13'" in said
     assert main(["compare", old, new, "--across=versions.torch"]) == 0
+    capsys.readouterr()
+    assert main(["compare", old, new, "--across=versions.torhc"]) == 4
+    assert "did you mean 'versions.torch'?" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_report_is_refused(

@@ -40,7 +40,7 @@ def test_a_task_scores_as_the_bridge_does_and_stops_when_the_verdict_is_known(
     assert found.value == sum(plain.adapter) / 12
     scores: Any = found.details["by_item"]
     assert scores == {str(i): score for i, score in enumerate(plain.adapter)}
-    change = measure_task_change(subject, task)
+    change = measure_task_change(subject, task, full=True)
     assert change.value == pytest.approx((sum(plain.adapter) - sum(plain.base)) / 12)
     early = measure_task_accuracy(subject, task, min_accuracy=1.0)
     order = seeded_order(12, 0, "own")

@@ -11,7 +11,7 @@ import pytest
 
 import pytest_lora
 from pytest_lora.errors import UsageError
-from pytest_lora.profile import Profile
+from pytest_lora.profile import FORMS, Profile
 from pytest_lora.quantities import Floor
 from pytest_lora.toml_places import find_lines
 
@@ -76,7 +76,18 @@ def test_what_a_section_says_of_an_entry_wins_and_is_named(tmp_path: Path) -> No
     ("text", "message"),
     [
         ("[sources.wiki]\npath = 'a'\nmax_drfit = 1", r":3: .* .did you mean 'max_drift'\?"),
-        ("[sources.wiki]\nmax_drift = 1", r"\[sources.wiki\] has no 'path': the texts"),
+        (
+            "[defaults]\n\n[sources.wiki]\nmax_drift = 1",
+            r"lora.toml:3: \[sources.wiki\] has no 'path': the texts",
+        ),
+        ("tasks.t.shots = 1", r"lora.toml:1: \[tasks.t\] has no 'path' and no 'lm_eval'"),
+        ("[sorces.wiki]\npath = 'a'", r"unknown table \[sorces\] \(did you mean 'sources'\?\)"),
+        ("[tasks.t]\npath = 'a'\nformat = 'gsm9k'", r":3: got 'gsm9k', .*did you mean 'gsm8k'"),
+        ("[defaults]\ndtype = 'bfloat6'", r"dtype in .*:2: .*did you mean 'bfloat16'"),
+        ("[tasks.t]\npath = 'a'\ngrader = 'regexp'", r":3: got .*did you mean 'regex'"),
+        ("[tasks.t]\npath = 'a'\ngrader = 'regex'", r"grader in .*:3: .*go together"),
+        ("[tasks.t]\npath = 'a'\npattern = 'x'", r"pattern in .*:3: .*go together"),
+        ("[tasks.t]\npath = 'a'\nmax_unstopped = 2", r":3: got 2, expected a share"),
         ("[sources.wiki]\npath = 3", r"path in .*:2: got 3, expected a non-empty text"),
         ("[sources.wiki]\npath = 'a'\nmax_drift = 'x'", r":3: got 'x', expected nats per token"),
         ("[tasks.t]\npath = 'a'\nmin_accuracy = 3", r":3: got 3, expected a share"),
@@ -115,12 +126,31 @@ def test_what_the_reader_refuses_an_editor_marks(tmp_path: Path, text: str) -> N
     jsonschema.validate(tomllib.loads(TEXT), schema)
 
 
+def test_the_forms_are_those_that_are_read() -> None:
+    from pytest_lora.tasks.formats import FORMATS
+
+    assert set(FORMS) == {form.name for form in FORMATS}
+
+
+def test_a_mark_at_the_beginning_of_the_file_is_no_part_of_it(tmp_path: Path) -> None:
+    found = profile(tmp_path, "\ufeff" + TEXT)
+    [wiki, _] = found.entries("sources", "prose")
+    assert wiki.origins["path"].endswith(":2")
+
+
+def test_patterns_that_no_adapter_matches_are_told(tmp_path: Path) -> None:
+    found = profile(tmp_path, TEXT)
+    assert found.unmatched(["math-v3"]) == ("*-code",)
+    assert found.unmatched(["out/math-v3", "my-code"]) == ("math-*",)
+    assert found.unmatched(["math-v3", "my-code"]) == ()
+
+
 def test_an_entry_that_only_one_section_completes_is_told_when_it_is_asked_for(
     tmp_path: Path,
 ) -> None:
     found = profile(tmp_path, '[adapters."a".sources.wiki]\nmax_drift = 1')
     assert found.entries("sources", "b") == ()
-    with pytest.raises(UsageError, match=r"\[sources.wiki\] has no 'path'"):
+    with pytest.raises(UsageError, match=r"lora.toml:1: \[sources.wiki\] has no 'path'"):
         found.entries("sources", "a")
 
 
