@@ -311,6 +311,9 @@ def _require_writable(run: Run) -> None:
         _refuse_folder(path, settings.origin("report"))
     if settings.pr_comment:
         _refuse_folder(run.start / settings.pr_comment, settings.origin("pr_comment"))
+    cache = run.start / Path(settings.cache_dir or ".").expanduser()
+    if cache.exists() and not cache.is_dir():
+        raise UsageError(f"{settings.origin('cache_dir')}: {cache} is not a folder")
 
 
 def _refuse_folder(path: Path, origin: str) -> None:

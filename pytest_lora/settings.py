@@ -154,9 +154,10 @@ def _selection(value: Any) -> tuple[str, ...]:
     try:
         expand_selection(words)
     except KeyError as unknown:
-        groups = ", ".join(need.label for need in Need)
+        groups = [need.label for need in Need]
+        near = meant(unknown.args[0], (*groups, *(spec.id for spec in CHECKS)))
         raise ValueError(
-            f"check ids or the groups {groups} ({unknown} is neither; "
+            f"check ids or the groups {', '.join(groups)} ({unknown} is neither{near}; "
             "pytest --lora-list-checks lists the ids)"
         ) from None
     return words

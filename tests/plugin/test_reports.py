@@ -205,6 +205,13 @@ def test_an_interrupted_run_leaves_a_whole_report(project: pytest.Pytester) -> N
     assert "passed" not in outcomes(report).values()
 
 
+def test_a_cache_folder_that_is_a_file_is_refused(project: pytest.Pytester) -> None:
+    (project.path / "cache").touch()
+    result = run(project, "--lora-adapter=good", "--lora-cache-dir=cache")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --lora-cache-dir: *cache is not a folder"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -145,6 +145,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("dtype", "int8", "one of auto, float32, bfloat16, float16, float64"),
     ("dtype", ["fp32"], "the wrong type"),
     ("checks", "merge", "'merge' is neither"),
+    ("checks", "filess", "did you mean 'files'?"),
     ("checks", None, "the wrong type"),
     ("target", 3, "the wrong type"),
     ("strict", "perhaps", "true or false"),
