@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from example import FIXTURES, NEEDS_EXAMPLE
 from tiny_chat import example_subject
 
 from pytest_lora.errors import CannotRun, NotApplicable
+from pytest_lora.numerics.noise import rounding_noise
 from pytest_lora.subject import Subject
 from pytest_lora.tasks import choices
 from pytest_lora.tasks.choices import ChoiceScorer, Pair
@@ -51,7 +53,17 @@ def plain(model: Any, pairs: list[Pair]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def rms(found: list[float], expected: list[float]) -> float:
+    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(found, expected, strict=True)))
+
+
+def moved_by_rounding(model: Any, pairs: list[Pair], expected: list[float]) -> float:
+    """How far the plain loop's own rounding may move it, on any processor."""
+    with rounding_noise(model, 0):
+        return rms(plain(model, pairs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("worth", [0, 10**9])
 def test_values_are_those_of_a_plain_loop(
@@ -62,18 +74,21 @@ def test_values_are_those_of_a_plain_loop(
     batch_size: int,
     worth: int,
     dtype: torch.dtype,
-    within: float,
 ) -> None:
-    """Exactly so in float64; in float32 up to what the shape of a batch does to rounding."""
+    """Up to rounding, which the shape of a batch changes: to 1e-10 in float64."""
     monkeypatch.setattr(choices, "WORTH", worth)
     model = subject.model.to(dtype)
     try:
         scorer = ChoiceScorer(model, tokens, batch_size=batch_size)
         found = scorer.likelihoods(pairs)
         expected = plain(model, pairs)
+        allowed = moved_by_rounding(model, pairs, expected)
     finally:
         model.to(torch.float32)
-    assert [item.value for item in found] == pytest.approx(expected, rel=within, abs=within)
+    values = [item.value for item in found]
+    assert rms(values, expected) <= allowed
+    if dtype == torch.float64:
+        assert values == pytest.approx(expected, rel=1e-10, abs=1e-10)
     assert [item.tokens for item in found] == [len(tail) for _, tail in pairs]
     assert scorer.notes == []
 
@@ -83,7 +98,8 @@ def test_other_models_and_the_base(kind: str, tokens: TaskTokenizer) -> None:
     model = getattr(tiny, kind)()
     made = [([5, 9, 3], [7, 8]), ([5, 9, 3], [7]), ([4], [1, 2, 3, 4, 5]), ([5, 9, 3], [8])]
     found = [item.value for item in ChoiceScorer(model, tokens).likelihoods(made)]
-    assert found == pytest.approx(plain(model, made), rel=1e-6)
+    expected = plain(model, made)
+    assert rms(found, expected) <= moved_by_rounding(model, made, expected)
 
 
 def test_the_wrong_tokens_have_other_likelihoods(
@@ -130,7 +146,9 @@ def test_logits_at_a_time_are_bounded(
     found = ChoiceScorer(counting, tokens, batch_size=8).likelihoods(pairs)
     longest = max(len(tail) for _, tail in pairs)
     assert counting.logits <= max(5, longest)
-    assert [f.value for f in found] == pytest.approx(plain(subject.model, pairs), rel=1e-6)
+    expected = plain(subject.model, pairs)
+    allowed = moved_by_rounding(subject.model, pairs, expected)
+    assert rms([f.value for f in found], expected) <= allowed
 
 
 def test_equal_inputs_are_run_once(subject: Subject, tokens: TaskTokenizer) -> None:

@@ -171,7 +171,8 @@ def test_the_second_adapter_never_trains_with_the_first_ones_optimizer() -> None
 
 def test_training_that_diverges_is_not_movement() -> None:
     model = adapted()
-    step = train_step(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e30))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    step = train_step(torch.optim.SGD(trained, lr=math.inf))
     assert "not finite after training" in str(failure(assert_trains_only_adapter, step, model))
 
 
