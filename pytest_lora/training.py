@@ -111,8 +111,9 @@ def assert_optimizer_holds(
     trainable: Collection[str] = (),
     lr: float | Mapping[str, float] | None = None,
     loraplus_lr_ratio: float | None = None,
+    weight_decay: float | Mapping[str, float] | None = None,
 ) -> Measurement:
-    """The optimizer holds exactly the adapter's tensors, each once, at its declared rate.
+    """The optimizer holds exactly the adapter's tensors, each once, with its declared settings.
 
     Args:
         optimizer: anything with ``param_groups``, or a Trainer.
@@ -121,6 +122,7 @@ def assert_optimizer_holds(
         trainable: patterns of what trains, instead of PEFT's configuration.
         lr: the declared learning rate, or one by pattern of the tensor's name.
         loraplus_lr_ratio: learning rate of each ``lora_B`` over that of its ``lora_A``.
+        weight_decay: the declared weight decay, or one by pattern of the tensor's name.
     """
     __tracebackhide__ = True
     from pytest_lora.checks.training import measure_optimizer_holds
@@ -133,6 +135,7 @@ def assert_optimizer_holds(
             trainable=trainable,
             lr=lr,
             loraplus_lr_ratio=loraplus_lr_ratio,
+            weight_decay=weight_decay,
         )
 
     return decide("optimizer_holds", adapter, measure)
