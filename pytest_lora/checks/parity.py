@@ -97,11 +97,13 @@ def measure_serving_parity(
     """
     if not subjects:
         raise UsageError("serving parity needs at least one adapter")
-    references = {name: _reference(name, subject) for name, subject in subjects.items()}
-    _require_different(references)
-    asked: dict[str | None, _Reference] = {**references}
+    asked: dict[str | None, _Reference] = {}
     if base:
-        asked = {None: _base_reference(next(iter(subjects.values()))), **references}
+        asked[None] = _base_reference(next(iter(subjects.values())))
+    for name, subject in subjects.items():
+        asked[name] = _reference(name, subject)
+    references = [asked[name] for name in subjects]
+    _require_different(references)
     if mixed is not None:
         _require_one_batch(subjects, len(asked))
     answers = list(_answers(serve, asked))
@@ -111,7 +113,7 @@ def measure_serving_parity(
     return Measurement(
         value=worst.ratio,
         unit=UNIT,
-        count=sum(reference.output.numel() for reference in references.values()),
+        count=sum(reference.output.numel() for reference in references),
         where=worst.where,
         details={"answers": [{"asked": a.asked, "ratio": a.ratio} for a in answers]},
     )
@@ -222,14 +224,15 @@ def widened(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
     return computing_in(model, torch.float64, whole=lambda m: isinstance(m, BaseTunerLayer))
 
 
-def _require_different(references: Mapping[str, _Reference]) -> None:
+def _require_different(references: Iterable[_Reference]) -> None:
     known: dict[str, torch.Tensor] = {}
-    for name, reference in references.items():
-        known.setdefault("the base model", reference.base)
+    for reference in references:
+        known.setdefault(_BASE, reference.base)
         for other, output in known.items():
             if torch.equal(reference.output, output):
-                raise NotApplicable(f"the output with {name} is that of {other}: nothing to tell")
-        known[name] = reference.output
+                told = f"the output with {reference.name} is that of {other}"
+                raise NotApplicable(f"{told}: nothing to tell")
+        known[reference.name] = reference.output
 
 
 def _where(
