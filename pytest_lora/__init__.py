@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from pytest_lora.checks.gradients import (
         measure_checkpointing_equivalent as measure_checkpointing_equivalent,
     )
+    from pytest_lora.checks.labels import measure_labels_sound as measure_labels_sound
     from pytest_lora.checks.learning import measure_task_accuracy as measure_task_accuracy
     from pytest_lora.checks.learning import measure_task_change as measure_task_change
     from pytest_lora.checks.memory import measure_memory_inference as measure_memory_inference
@@ -135,6 +136,7 @@ if TYPE_CHECKING:
         assert_checkpointing_equivalent as assert_checkpointing_equivalent,
     )
     from pytest_lora.training import assert_gradient_coverage as assert_gradient_coverage
+    from pytest_lora.training import assert_labels_sound as assert_labels_sound
     from pytest_lora.training import assert_optimizer_holds as assert_optimizer_holds
     from pytest_lora.training import assert_overfits_one_batch as assert_overfits_one_batch
     from pytest_lora.training import assert_reference_policy as assert_reference_policy
@@ -232,6 +234,7 @@ _HOMES = {
     "assert_metric_sound": "parity",
     "assert_optimizer_holds": "training",
     "assert_overfits_one_batch": "training",
+    "assert_labels_sound": "training",
     "assert_reference_policy": "training",
     "assert_resume_equivalent": "training",
     "assert_seeded_initialisation": "training",
@@ -243,6 +246,7 @@ _HOMES = {
     "measure_metric": "checks.metric",
     "measure_optimizer_holds": "checks.training",
     "measure_overfits_one_batch": "checks.training",
+    "measure_labels_sound": "checks.labels",
     "measure_reference_policy": "checks.reference",
     "measure_resume_equivalent": "checks.repeatable",
     "measure_seeded_initialisation": "checks.repeatable",

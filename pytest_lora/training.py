@@ -9,7 +9,7 @@ every tensor at fault and the likely cause.  docs/training.md has examples, boun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "assert_accumulation_equivalent",
     "assert_checkpointing_equivalent",
     "assert_gradient_coverage",
+    "assert_labels_sound",
     "assert_optimizer_holds",
     "assert_overfits_one_batch",
     "assert_reference_policy",
@@ -344,6 +345,37 @@ def assert_reference_policy(
 
     limit = None if bound is None else _limit(bound)
     return decide("reference_policy", None, measure, limit)
+
+
+def assert_labels_sound(
+    batch: Any,
+    *,
+    end: int | Collection[int] | None = None,
+    trailing: int = 0,
+    begin: int | None = None,
+    prompts: Sequence[int] | None = None,
+    ignored: int = -100,
+) -> Measurement:
+    """The labels of a batch are its tokens in place, and teach the answers up to their end.
+
+    Args:
+        batch: ``input_ids`` and ``labels``, and ``attention_mask`` where there is padding, as the
+            model is given them; or a Trainer, whose first training batch is looked at.
+        end: the token that has to end each text and be taught, or several that may.
+        trailing: how many tokens a template writes after it.
+        begin: the token that has to begin each text, once.
+        prompts: how many tokens of each text are its prompt: ignored, while all others are taught.
+        ignored: the label that stands for none.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.labels import measure_labels_sound
+
+    def measure() -> Measurement:
+        return measure_labels_sound(
+            batch, end=end, trailing=trailing, begin=begin, prompts=prompts, ignored=ignored
+        )
+
+    return decide("labels_sound", None, measure)
 
 
 def _limit(bound: float | Bound) -> Bound:
