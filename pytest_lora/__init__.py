@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_task_accuracy as assert_task_accuracy
     from pytest_lora.assertions import assert_unmerge_restoration as assert_unmerge_restoration
     from pytest_lora.checks.base import measure_base_compatibility as measure_base_compatibility
+    from pytest_lora.checks.best import (
+        measure_best_checkpoint_restored as measure_best_checkpoint_restored,
+    )
     from pytest_lora.checks.config import (
         measure_config_matches_weights as measure_config_matches_weights,
     )
@@ -131,6 +134,9 @@ if TYPE_CHECKING:
     from pytest_lora.tasks.records import TaskItem as TaskItem
     from pytest_lora.training import (
         assert_accumulation_equivalent as assert_accumulation_equivalent,
+    )
+    from pytest_lora.training import (
+        assert_best_checkpoint_restored as assert_best_checkpoint_restored,
     )
     from pytest_lora.training import (
         assert_checkpointing_equivalent as assert_checkpointing_equivalent,
@@ -234,6 +240,7 @@ _HOMES = {
     "assert_metric_sound": "parity",
     "assert_optimizer_holds": "training",
     "assert_overfits_one_batch": "training",
+    "assert_best_checkpoint_restored": "training",
     "assert_labels_sound": "training",
     "assert_reference_policy": "training",
     "assert_resume_equivalent": "training",
@@ -246,6 +253,7 @@ _HOMES = {
     "measure_metric": "checks.metric",
     "measure_optimizer_holds": "checks.training",
     "measure_overfits_one_batch": "checks.training",
+    "measure_best_checkpoint_restored": "checks.best",
     "measure_labels_sound": "checks.labels",
     "measure_reference_policy": "checks.reference",
     "measure_resume_equivalent": "checks.repeatable",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "assert_accumulation_equivalent",
+    "assert_best_checkpoint_restored",
     "assert_checkpointing_equivalent",
     "assert_gradient_coverage",
     "assert_labels_sound",
@@ -275,6 +276,33 @@ def assert_resume_equivalent(
         )
 
     return decide("resume_equivalent", adapter, measure)
+
+
+def assert_best_checkpoint_restored(
+    build: Callable[[Path], Any],
+    *,
+    steps: int = 3,
+    adapter: str | None = None,
+    trainable: Collection[str] = (),
+) -> Measurement:
+    """A Trainer that is to load its best checkpoint in the end has its weights then, bitwise.
+
+    Args:
+        build: ``build(folder)`` returns a fresh Trainer; checkpoints, a metric that gets worse and
+            ``load_best_model_at_end`` are seen to.
+        steps: training steps to do.
+        adapter: which adapter is in training, where the model has several.
+        trainable: patterns of what trains, instead of PEFT's configuration.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.best import measure_best_checkpoint_restored
+
+    def measure() -> Measurement:
+        return measure_best_checkpoint_restored(
+            build, steps=steps, adapter=adapter, trainable=trainable
+        )
+
+    return decide("best_checkpoint_restored", adapter, measure)
 
 
 def assert_seeded_initialisation(
