@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_task_accuracy as assert_task_accuracy
     from pytest_lora.assertions import assert_unmerge_restoration as assert_unmerge_restoration
     from pytest_lora.checks.base import measure_base_compatibility as measure_base_compatibility
+    from pytest_lora.checks.best import (
+        measure_best_checkpoint_restored as measure_best_checkpoint_restored,
+    )
     from pytest_lora.checks.config import (
         measure_config_matches_weights as measure_config_matches_weights,
     )
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from pytest_lora.checks.gradients import (
         measure_checkpointing_equivalent as measure_checkpointing_equivalent,
     )
+    from pytest_lora.checks.labels import measure_labels_sound as measure_labels_sound
     from pytest_lora.checks.learning import measure_task_accuracy as measure_task_accuracy
     from pytest_lora.checks.learning import measure_task_change as measure_task_change
     from pytest_lora.checks.memory import measure_memory_inference as measure_memory_inference
@@ -132,9 +136,13 @@ if TYPE_CHECKING:
         assert_accumulation_equivalent as assert_accumulation_equivalent,
     )
     from pytest_lora.training import (
+        assert_best_checkpoint_restored as assert_best_checkpoint_restored,
+    )
+    from pytest_lora.training import (
         assert_checkpointing_equivalent as assert_checkpointing_equivalent,
     )
     from pytest_lora.training import assert_gradient_coverage as assert_gradient_coverage
+    from pytest_lora.training import assert_labels_sound as assert_labels_sound
     from pytest_lora.training import assert_optimizer_holds as assert_optimizer_holds
     from pytest_lora.training import assert_overfits_one_batch as assert_overfits_one_batch
     from pytest_lora.training import assert_reference_policy as assert_reference_policy
@@ -232,6 +240,8 @@ _HOMES = {
     "assert_metric_sound": "parity",
     "assert_optimizer_holds": "training",
     "assert_overfits_one_batch": "training",
+    "assert_best_checkpoint_restored": "training",
+    "assert_labels_sound": "training",
     "assert_reference_policy": "training",
     "assert_resume_equivalent": "training",
     "assert_seeded_initialisation": "training",
@@ -243,6 +253,8 @@ _HOMES = {
     "measure_metric": "checks.metric",
     "measure_optimizer_holds": "checks.training",
     "measure_overfits_one_batch": "checks.training",
+    "measure_best_checkpoint_restored": "checks.best",
+    "measure_labels_sound": "checks.labels",
     "measure_reference_policy": "checks.reference",
     "measure_resume_equivalent": "checks.repeatable",
     "measure_seeded_initialisation": "checks.repeatable",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_lora.checks.metric import Metric
-    from pytest_lora.checks.parity import Serve
+    from pytest_lora.checks.parity import Mixed, Serve
     from pytest_lora.subject import Subject
 
 __all__ = ["assert_metric_sound", "assert_serving_parity"]
@@ -28,6 +28,8 @@ def assert_serving_parity(
     serve: Serve,
     adapters: Subject | Mapping[str, Subject],
     *,
+    base: bool = False,
+    mixed: Mixed | None = None,
     bound: float | Bound = ROUNDING,
 ) -> Measurement:
     """What is served under each adapter's name is that adapter's output, whoever came before.
@@ -36,6 +38,9 @@ def assert_serving_parity(
         serve: ``serve(name)``: the outputs for the subject's probe inputs with the adapter of that
             name, from a server, an export, a merged folder, a pipeline.
         adapters: an adapter, which is then called "default", or several by name.
+        base: ask for the base model too, ``serve(None)``, before the adapters and after them.
+        mixed: ``mixed(names)``: the outputs for the probe inputs in one batch, each row with the
+            adapter of its name, or with none where ``base`` is asked for and the name is None.
         bound: the most, in multiples of the adapted model's own rounding error.
     """
     __tracebackhide__ = True
@@ -49,7 +54,7 @@ def assert_serving_parity(
     return decide(
         "serving_parity",
         next(iter(named), None),
-        lambda: measure_serving_parity(serve, named),
+        lambda: measure_serving_parity(serve, named, base=base, mixed=mixed),
         limit,
         advice="compare the number of tensors applied with that in the file, the scaling, and"
         " what the server caches under the adapter's name",

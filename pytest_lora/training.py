@@ -9,7 +9,7 @@ every tensor at fault and the likely cause.  docs/training.md has examples, boun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "assert_accumulation_equivalent",
+    "assert_best_checkpoint_restored",
     "assert_checkpointing_equivalent",
     "assert_gradient_coverage",
+    "assert_labels_sound",
     "assert_optimizer_holds",
     "assert_overfits_one_batch",
     "assert_reference_policy",
@@ -111,8 +113,9 @@ def assert_optimizer_holds(
     trainable: Collection[str] = (),
     lr: float | Mapping[str, float] | None = None,
     loraplus_lr_ratio: float | None = None,
+    weight_decay: float | Mapping[str, float] | None = None,
 ) -> Measurement:
-    """The optimizer holds exactly the adapter's tensors, each once, at its declared rate.
+    """The optimizer holds exactly the adapter's tensors, each once, with its declared settings.
 
     Args:
         optimizer: anything with ``param_groups``, or a Trainer.
@@ -121,6 +124,7 @@ def assert_optimizer_holds(
         trainable: patterns of what trains, instead of PEFT's configuration.
         lr: the declared learning rate, or one by pattern of the tensor's name.
         loraplus_lr_ratio: learning rate of each ``lora_B`` over that of its ``lora_A``.
+        weight_decay: the declared weight decay, or one by pattern of the tensor's name.
     """
     __tracebackhide__ = True
     from pytest_lora.checks.training import measure_optimizer_holds
@@ -133,6 +137,7 @@ def assert_optimizer_holds(
             trainable=trainable,
             lr=lr,
             loraplus_lr_ratio=loraplus_lr_ratio,
+            weight_decay=weight_decay,
         )
 
     return decide("optimizer_holds", adapter, measure)
@@ -273,6 +278,33 @@ def assert_resume_equivalent(
     return decide("resume_equivalent", adapter, measure)
 
 
+def assert_best_checkpoint_restored(
+    build: Callable[[Path], Any],
+    *,
+    steps: int = 3,
+    adapter: str | None = None,
+    trainable: Collection[str] = (),
+) -> Measurement:
+    """A Trainer that is to load its best checkpoint in the end has its weights then, bitwise.
+
+    Args:
+        build: ``build(folder)`` returns a fresh Trainer; checkpoints, a metric that gets worse and
+            ``load_best_model_at_end`` are seen to.
+        steps: training steps to do.
+        adapter: which adapter is in training, where the model has several.
+        trainable: patterns of what trains, instead of PEFT's configuration.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.best import measure_best_checkpoint_restored
+
+    def measure() -> Measurement:
+        return measure_best_checkpoint_restored(
+            build, steps=steps, adapter=adapter, trainable=trainable
+        )
+
+    return decide("best_checkpoint_restored", adapter, measure)
+
+
 def assert_seeded_initialisation(
     build: Callable[[int], torch.nn.Module],
     *,
@@ -341,6 +373,37 @@ def assert_reference_policy(
 
     limit = None if bound is None else _limit(bound)
     return decide("reference_policy", None, measure, limit)
+
+
+def assert_labels_sound(
+    batch: Any,
+    *,
+    end: int | Collection[int] | None = None,
+    trailing: int = 0,
+    begin: int | None = None,
+    prompts: Sequence[int] | None = None,
+    ignored: int = -100,
+) -> Measurement:
+    """The labels of a batch are its tokens in place, and teach the answers up to their end.
+
+    Args:
+        batch: ``input_ids`` and ``labels``, and ``attention_mask`` where there is padding, as the
+            model is given them; or a Trainer, whose first training batch is looked at.
+        end: the token that has to end each text and be taught, or several that may.
+        trailing: how many tokens a template writes after it.
+        begin: the token that has to begin each text, once.
+        prompts: how many tokens of each text are its prompt: ignored, while all others are taught.
+        ignored: the label that stands for none.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.labels import measure_labels_sound
+
+    def measure() -> Measurement:
+        return measure_labels_sound(
+            batch, end=end, trailing=trailing, begin=begin, prompts=prompts, ignored=ignored
+        )
+
+    return decide("labels_sound", None, measure)
 
 
 def _limit(bound: float | Bound) -> Bound:

@@ -65,6 +65,7 @@ def measure_config_matches_weights(
     named = explain_names(repaired)
     modules = lora_modules(repaired)
     findings.problems += _unexplained(named)
+    findings.problems += _emptied(named)
     findings.problems += _grouped(_factor_problems(repaired, modules, named))
     findings.problems += _grouped(_part_problems(repaired, named))
     _check_promises(repaired, named, findings)
@@ -120,6 +121,19 @@ def _unexplained(named: Iterable[NamedTensor]) -> Iterator[Problem]:
             doubt,
             "a tensor the configuration asks for",
             "restore the configuration it was trained with, or save the adapter by itself",
+        )
+
+
+def _emptied(named: Iterable[NamedTensor]) -> Iterator[Problem]:
+    """Tensors kept whole that have no numbers; factors and parts are judged with their module."""
+    whole = ("saved", "tokens", "bias", "vocabulary")
+    empty = [t for t in named if t.role in whole and not t.info.numel]
+    if empty:
+        yield Problem(
+            f"tensor {empty[0].key!r}{_more(len(empty), 'tensors')}",
+            f"shape {list(empty[0].info.shape)}, not a single number",
+            "what was trained",
+            _ZERO3,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,24 @@ from pytest_lora.checks.bits import is_routed
 from pytest_lora.checks.reload import Errors
 from pytest_lora.errors import NotApplicable, UsageError
 from pytest_lora.numerics.streaming import computing_in
+from pytest_lora.probe import output_of
 from pytest_lora.records import Measurement
 
 if TYPE_CHECKING:
     from pytest_lora.subject import Subject
 
-__all__ = ["Serve", "measure_serving_parity", "widened"]
+__all__ = ["Mixed", "Serve", "measure_serving_parity", "widened"]
 
-Serve = Callable[[str], torch.Tensor]
-"""``serve(name)``: what is served for the probe inputs with the adapter of that name."""
+Serve = Callable[[Any], torch.Tensor]
+"""``serve(name)``: what is served for the probe inputs with the adapter of that name; None, which
+only :func:`measure_serving_parity` with ``base=True`` asks for, is the base model."""
+
+Mixed = Callable[[list[Any]], torch.Tensor]
+"""``mixed(names)``: what is served for the probe inputs in one batch, each row with the adapter of
+its name; None, as above, is the base model."""
 
 UNIT = "times the adapted model's own rounding error"
+_BASE = "the base model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,13 @@ class _Reference:
     base: torch.Tensor
     routed: bool
 
+    def row(self, index: int) -> _Reference:
+        """The same of one row."""
+        part = slice(index, index + 1)
+        return _Reference(
+            self.name, self.output[part], self.wide[part], self.base[part], self.routed
+        )
+
     def ratio(self, found: torch.Tensor) -> float:
         """How much further off ``found`` is than the model's own output; infinite if no number."""
         if found.shape != self.output.shape or not bool(found.isfinite().all()):
@@ -52,7 +66,13 @@ class _Reference:
         return Errors.of(found, self.output, self.wide, typical=self.routed).ratio
 
 
-def measure_serving_parity(serve: Serve, subjects: Mapping[str, Subject]) -> Measurement:
+def measure_serving_parity(
+    serve: Serve,
+    subjects: Mapping[str, Subject],
+    *,
+    base: bool = False,
+    mixed: Mixed | None = None,
+) -> Measurement:
     """How far what is served under each name is from that adapter's output.
 
     Every adapter is asked for, and then all of them again in the same order: a cache that takes one
@@ -61,36 +81,121 @@ def measure_serving_parity(serve: Serve, subjects: Mapping[str, Subject]) -> Mea
     Args:
         serve: ``serve(name)``: outputs for the probe inputs, shape as the subject's.
         subjects: the adapters by the names they are served under, with the probe inputs.
+        base: ask for the base model as well, ``serve(None)``, before the adapters and after them:
+            an adapter that was served may not show in what follows it.
+        mixed: ``mixed(names)``: outputs for the probe inputs in one batch, each row with the
+            adapter of its name; asked until every row had every name.
 
     Returns:
         The largest root mean square distance of an answer from the output in the wider format, in
         multiples of the distance that the adapted model's own output has.
 
     Raises:
-        UsageError: there is no adapter.
+        UsageError: there is no adapter, or nothing to mix: one name, one row, other inputs.
         NotApplicable: an adapter does not change the output, or two give the same, so that nothing
             could be told.
     """
     if not subjects:
         raise UsageError("serving parity needs at least one adapter")
-    references = {name: _reference(name, subject) for name, subject in subjects.items()}
+    asked: dict[str | None, _Reference] = {}
+    if base:
+        asked[None] = _base_reference(next(iter(subjects.values())))
+    for name, subject in subjects.items():
+        asked[name] = _reference(name, subject)
+    references = [asked[name] for name in subjects]
     _require_different(references)
-    worst, where, said = 0.0, "", []
-    order = [*references, *references]
-    for turn, name in enumerate(order):
-        found = serve(name)
-        ratio = references[name].ratio(found)
-        said.append({"asked": name, "ratio": ratio})
-        if ratio > worst or not where:
-            before = order[turn - 1] if turn else ""
-            worst, where = ratio, _where(found, references[name], references, before, ratio)
+    if mixed is not None:
+        _require_one_batch(subjects, len(asked))
+    answers = list(_answers(serve, asked))
+    if mixed is not None:
+        answers += _mixed_answers(mixed, asked)
+    worst = max(answers, key=lambda answer: answer.ratio)
     return Measurement(
-        value=worst,
+        value=worst.ratio,
         unit=UNIT,
-        count=sum(reference.output.numel() for reference in references.values()),
-        where=where,
-        details={"answers": said},  # type: ignore[dict-item]
+        count=sum(reference.output.numel() for reference in references),
+        where=worst.where,
+        details={"answers": [{"asked": a.asked, "ratio": a.ratio} for a in answers]},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """One answer: what was asked for, how far off it is, and what it is instead."""
+
+    asked: str
+    ratio: float
+    where: str
+
+
+def _answers(serve: Serve, asked: Mapping[str | None, _Reference]) -> Iterator[_Answer]:
+    before = ""
+    for name, wanted in (*asked.items(), *asked.items()):
+        found = serve(name)
+        ratio = wanted.ratio(found)
+        yield _Answer(wanted.name, ratio, _where(found, wanted, asked.values(), before, ratio))
+        before = wanted.name
+
+
+def _mixed_answers(mixed: Mixed, asked: Mapping[str | None, _Reference]) -> Iterator[_Answer]:
+    """Rows by every name in turn, so that each row has had each of them and other neighbours."""
+    names = list(asked)
+    rows = len(next(iter(asked.values())).output)
+    for turn in range(len(names)):
+        order = [names[(row + turn) % len(names)] for row in range(rows)]
+        found = mixed(list(order))
+        wanted = _rows_of(order, asked)
+        ratio = wanted.ratio(found)
+        yield _Answer(wanted.name, ratio, _worst_row(found, order, asked, ratio))
+
+
+def _rows_of(order: Sequence[str | None], asked: Mapping[str | None, _Reference]) -> _Reference:
+    """What a batch of these rows has to be."""
+    picked = [asked[name] for name in order]
+    one = picked[0]
+    return _Reference(
+        "a mixed batch of " + ", ".join(reference.name for reference in picked),
+        _stacked([reference.output for reference in picked]),
+        _stacked([reference.wide for reference in picked]),
+        one.base,
+        one.routed,
+    )
+
+
+def _stacked(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([output[row] for row, output in enumerate(outputs)])
+
+
+def _worst_row(
+    found: torch.Tensor,
+    order: Sequence[str | None],
+    asked: Mapping[str | None, _Reference],
+    ratio: float,
+) -> str:
+    """The row that is furthest off, as an answer of its own."""
+    wanted = _rows_of(order, asked)
+    if found.shape != wanted.output.shape or not bool(found.isfinite().all()):
+        return _where(found, wanted, (), "", ratio)
+    gaps = (found.detach().to(wanted.output.device).double() - wanted.output.double()).flatten(1)
+    row = int(gaps.norm(dim=1).argmax())
+    others = [reference.row(row) for reference in asked.values()]
+    said = _where(found[row : row + 1], asked[order[row]].row(row), others, "", ratio)
+    return f"{wanted.name}: row {row}, {said}"
+
+
+def _require_one_batch(subjects: Mapping[str, Subject], names: int) -> None:
+    """All adapters on the same inputs, of two rows at least, and two names to give them."""
+    if names < 2:
+        raise UsageError("a mixed batch of one adapter is none: give another one, or base=True")
+    first, *rest = [subject.inputs for subject in subjects.values()]
+    for other in rest:
+        if first.keys() != other.keys() or not all(
+            torch.equal(first[key], other[key]) for key in first
+        ):
+            raise UsageError("a mixed batch needs the same probe inputs for all adapters")
+    rows = min(len(tensor) for tensor in first.values())
+    if rows < 2:
+        raise UsageError(f"a mixed batch needs probe inputs of two rows, not of {rows}")
 
 
 def _reference(name: str, subject: Subject) -> _Reference:
@@ -102,6 +207,16 @@ def _reference(name: str, subject: Subject) -> _Reference:
     return _Reference(name, output, wide, base, routed)
 
 
+def _base_reference(subject: Subject) -> _Reference:
+    """The untouched base model's output, and the same in the wider format."""
+    base = subject.base_output()
+    with subject.base.bare() as module:
+        with widened(module):
+            wide = output_of(module, subject.inputs).double()
+        routed = is_routed(module)
+    return _Reference(_BASE, base, wide, base, routed)
+
+
 def widened(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
     """The model computes in float64, one module's weights at a time."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -109,18 +224,19 @@ def widened(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
     return computing_in(model, torch.float64, whole=lambda m: isinstance(m, BaseTunerLayer))
 
 
-def _require_different(references: Mapping[str, _Reference]) -> None:
+def _require_different(references: Iterable[_Reference]) -> None:
     known: dict[str, torch.Tensor] = {}
-    for name, reference in references.items():
-        known.setdefault("the base model", reference.base)
+    for reference in references:
+        known.setdefault(_BASE, reference.base)
         for other, output in known.items():
             if torch.equal(reference.output, output):
-                raise NotApplicable(f"the output with {name} is that of {other}: nothing to tell")
-        known[name] = reference.output
+                told = f"the output with {reference.name} is that of {other}"
+                raise NotApplicable(f"{told}: nothing to tell")
+        known[reference.name] = reference.output
 
 
 def _where(
-    found: Any, wanted: _Reference, all_of_them: Mapping[str, _Reference], before: str, ratio: float
+    found: Any, wanted: _Reference, all_of_them: Iterable[_Reference], before: str, ratio: float
 ) -> str:
     """The answer at fault and what it is instead, as far as that can be seen."""
     asked = f"{wanted.name}, asked after {before}" if before else wanted.name
@@ -130,21 +246,28 @@ def _where(
     if not bool(found.isfinite().all()):
         return f"{asked}: the output is not finite"
     found = found.detach().to(wanted.output.device)
+    nearest = min(
+        (other for other in all_of_them if other.name not in (wanted.name, _BASE)),
+        key=lambda other: _distance(found, other.output),
+        default=wanted,
+    )
+    to_base, to_nearest = _distance(found, wanted.base), _distance(found, nearest.output)
+    if ratio > 1 and to_base <= to_nearest and to_base < _distance(found, wanted.output):
+        return f"{asked}: nearer to the base model's output: most of the adapter is not used"
+    if to_nearest < _distance(found, wanted.output):
+        return (
+            f"{asked}: nearer to the output of {nearest.name}: is a cache or a slot kept by name?"
+        )
+    if wanted.name == _BASE:
+        return f"{asked}: {ratio:.3g} {UNIT}"
     effect = wanted.output.double() - wanted.base.double()
     share = float((found.double() - wanted.base.double()).flatten() @ effect.flatten())
-    share /= float(effect.square().sum())
-    others = [other for other in all_of_them.values() if other is not wanted]
-    same = next((other.name for other in others if _nearer(found, other.output, wanted)), "")
-    if same:
-        return f"{asked}: nearer to the output of {same}: is a cache or a slot kept by name?"
-    if _nearer(found, wanted.base, wanted) and ratio > 1:
-        return f"{asked}: nearer to the base model's output: most of the adapter is not used"
+    share /= float(effect.square().sum()) or math.nan
     return f"{asked}: {ratio:.3g} {UNIT}; {share:.3g} times the adapter's effect"
 
 
-def _nearer(found: torch.Tensor, other: torch.Tensor, wanted: _Reference) -> bool:
-    """Whether an answer is nearer to another output than to the one asked for."""
+def _distance(found: torch.Tensor, other: torch.Tensor) -> float:
+    """How far apart two outputs are; infinite if their shapes differ."""
     if found.shape != other.shape:
-        return False
-    there = (found.double() - other.double()).norm()
-    return bool(there < (found.double() - wanted.output.double()).norm())
+        return math.inf
+    return float((found.double() - other.double()).norm())

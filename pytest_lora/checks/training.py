@@ -293,10 +293,11 @@ def _stray_gradients(declared: Declared) -> Iterator[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """One tensor in an optimizer: the group's number and learning rate."""
+    """One tensor in an optimizer: the group's number, learning rate and weight decay."""
 
     group: int
     lr: float
+    decay: float
 
 
 def measure_optimizer_holds(
@@ -307,8 +308,9 @@ def measure_optimizer_holds(
     trainable: Collection[str] = (),
     lr: float | Mapping[str, float] | None = None,
     loraplus_lr_ratio: float | None = None,
+    weight_decay: float | Mapping[str, float] | None = None,
 ) -> Measurement:
-    """Count tensors that the optimizer lacks, holds in vain or twice, or at a wrong learning rate.
+    """Count tensors that the optimizer lacks, holds in vain or twice, or with a wrong setting.
 
     Args:
         optimizer: anything with ``param_groups``, or a Trainer, which is asked for its own.
@@ -319,6 +321,7 @@ def measure_optimizer_holds(
             matches; where a scheduler has begun to change it, ``initial_lr`` counts.
         loraplus_lr_ratio: rate of the B factors over the rate of the A factors (LoRA+: S. Hayou et
             al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024).
+        weight_decay: the weight decay declared, as for ``lr``; a group without one has 0.
 
     Raises:
         UsageError: no optimizer, or a pattern matches nothing.
@@ -328,26 +331,36 @@ def measure_optimizer_holds(
         raise UsageError("assert_optimizer_holds needs the model the optimizer is for")
     declared = declare(model, adapter, trainable)
     groups = _groups(optimizer)
-    held: dict[int, list[_Held]] = {}
-    tensors: dict[int, torch.Tensor] = {}
-    for number, group in enumerate(groups):
-        for tensor in group["params"]:
-            tensors[id(tensor)] = tensor
-            rate = float(group.get("initial_lr", group["lr"]))
-            held.setdefault(id(tensor), []).append(_Held(number, rate))
+    tensors = {id(tensor): tensor for group in groups for tensor in group["params"]}
+    held = _held(groups)
     problems = [] if held else [_empty_optimizer()]
     problems += _not_held(declared, held) if held else []
     problems += _held_in_vain(declared, held, tensors)
     problems += _held_twice(declared, held)
-    rates = {name: held[id(p)][0].lr for name, p in declared.trainable.items() if id(p) in held}
-    problems += _wrong_rates(rates, lr)
+    first = {name: held[id(p)][0] for name, p in declared.trainable.items() if id(p) in held}
+    rates = {name: place.lr for name, place in first.items()}
+    decays = {name: place.decay for name, place in first.items()}
+    problems += _wrong_setting("lr", "learning rate", rates, lr)
+    problems += _wrong_setting("weight_decay", "weight decay", decays, weight_decay)
     problems += _wrong_ratio(rates, loraplus_lr_ratio)
     return Measurement.of_problems(
         problems,
         count=len(declared.trainable) + len(tensors),
         groups=len(groups),
         learning_rates=sorted(set(rates.values())),
+        weight_decays=sorted(set(decays.values())),
     )
+
+
+def _held(groups: Sequence[Mapping[str, Any]]) -> dict[int, list[_Held]]:
+    """Where each tensor is held, by its id."""
+    held: dict[int, list[_Held]] = {}
+    for number, group in enumerate(groups):
+        rate = float(group.get("initial_lr", group["lr"]))
+        place = _Held(number, rate, float(group.get("weight_decay", 0.0)))
+        for tensor in group["params"]:
+            held.setdefault(id(tensor), []).append(place)
+    return held
 
 
 def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
@@ -431,18 +444,25 @@ def _held_twice(declared: Declared, held: Mapping[int, list[_Held]]) -> Iterator
             )
 
 
-def _wrong_rates(
-    rates: Mapping[str, float], lr: float | Mapping[str, float] | None
+def _wrong_setting(
+    argument: str,
+    words: str,
+    found: Mapping[str, float],
+    declared: float | Mapping[str, float] | None,
 ) -> Iterator[Problem]:
-    wanted = {"*": lr} if isinstance(lr, int | float) else dict(lr or {})
+    """Tensors whose group has another number than the first pattern that matches declares."""
+    wanted = {"*": declared} if isinstance(declared, int | float) else dict(declared or {})
     for pattern in wanted:
-        if rates and not any(matches(name, (pattern,)) for name in rates):
-            raise UsageError(f"lr: {pattern!r} matches no trainable tensor of the optimizer")
-    for name, rate in rates.items():
+        if found and not any(matches(name, (pattern,)) for name in found):
+            raise UsageError(
+                f"{argument}: {pattern!r} matches no trainable tensor of the optimizer"
+            )
+    for name, value in found.items():
         first = next((pattern for pattern in wanted if matches(name, (pattern,))), None)
-        if first is not None and not _same_rate(rate, wanted[first]):
-            yield Problem(name, f"a learning rate of {rate:g}", f"{wanted[first]:g}",
-                          f"it is in the wrong group for {first!r}")  # fmt: skip
+        if first is not None and not _same_number(value, wanted[first]):
+            yield Problem(name, f"a {words} of {value:g}", f"{wanted[first]:g}",
+                          f"it is in the wrong group for {first!r}, or the group was made without"
+                          " it")  # fmt: skip
 
 
 def _wrong_ratio(rates: Mapping[str, float], ratio: float | None) -> Iterator[Problem]:
@@ -455,7 +475,7 @@ def _wrong_ratio(rates: Mapping[str, float], ratio: float | None) -> Iterator[Pr
         if partner == name or partner not in rates:
             continue
         pairs += 1
-        if not _same_rate(rate, ratio * rates[partner]):
+        if not _same_number(rate, ratio * rates[partner]):
             found = rate / rates[partner] if rates[partner] else math.inf
             yield Problem(name, f"{found:g} times the learning rate of its lora_A", f"{ratio:g}",
                           "build the groups by factor, lora_B apart from lora_A")  # fmt: skip
@@ -463,7 +483,7 @@ def _wrong_ratio(rates: Mapping[str, float], ratio: float | None) -> Iterator[Pr
         raise UsageError("loraplus_lr_ratio: the optimizer holds no lora_A and lora_B together")
 
 
-def _same_rate(found: float, declared: float) -> bool:
+def _same_number(found: float, declared: float) -> bool:
     return math.isclose(found, declared, rel_tol=_TWO_ROUNDINGS, abs_tol=0.0)
 
 

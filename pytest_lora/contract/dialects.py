@@ -74,6 +74,11 @@ class Case:
         return replace(self, seed=self.seed + 1, alpha=self.alpha + 2)
 
     @property
+    def dropped(self) -> float:
+        """The share of inputs that dropout leaves out in training."""
+        return max(self.dropout, float(self.options.get("lora_dropout", 0.0)))
+
+    @property
     def net(self) -> Network:
         """The network."""
         return NETWORKS[self.network]
@@ -132,6 +137,12 @@ class Dialect:
 
     def factors(self, trial: Trial, name: str) -> dict[str, tuple[Any, Any, float]]:
         """``B``, ``A`` and the scaling of each adapted module; only where :attr:`plain`."""
+        raise NotImplementedError
+
+    def live(self, name: str) -> str:
+        """The expression for the parameters (A, B) of the adapter ``name`` by module; only where
+        :attr:`plain`.
+        """
         raise NotImplementedError
 
     def shown(self, name: str) -> str:
@@ -228,6 +239,14 @@ class Peft(Dialect):
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                 found[module] = (b.detach(), a.detach(), float(layer.scaling[name]))
         return found
+
+    def live(self, name: str) -> str:
+        """From PEFT's layers."""
+        pair = f"layer.lora_A[{name!r}].weight, layer.lora_B[{name!r}].weight"
+        return (
+            f"{{key: ({pair}) for key, layer in net.named_children()"
+            f" if {name!r} in getattr(layer, 'lora_A', ())}}"
+        )
 
     def say(self, trial: Trial, operation: str, *args: Any) -> None:
         """Carry out one operation."""

@@ -26,6 +26,7 @@ from pytest_lora.adapter import read_adapter
 from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
+from pytest_lora.contract.derivatives import hold_gradients
 from pytest_lora.contract.dialects import FIRST, OwnClass, Peft
 from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
 from pytest_lora.contract.trial import Refused
@@ -143,6 +144,14 @@ def linear_in_scaling(it: Experiment) -> None:
         it.say("scale", FIRST, factor)
         scaled = {name: term.scaled(factor) for name, term in terms.items()}
         it.expect([scaled], f"the scaling times {factor:g}")
+
+
+@_law("linear", "conv1d")
+def gradients(it: Experiment) -> None:
+    """In training each gradient is the derivative of the output, dropout included, every time."""
+    reference = it.require_plain()
+    it.attach()
+    hold_gradients(it, reference, _own_terms(it))
 
 
 def _require_untouched_base(it: Experiment) -> None:

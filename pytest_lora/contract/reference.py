@@ -108,6 +108,24 @@ class Reference:
             parts.append(part if bias is None else part + bias)
         return torch.cat(parts, -1)
 
+    def reach(
+        self, g: torch.Tensor, x: torch.Tensor, terms: Mapping[str, Term], stretch: float
+    ) -> float:
+        """The magnitudes of all products in ``<g, output>`` with one adapter, added up.
+
+        ``stretch`` is what dropout multiplies the adapter's kept inputs by.
+        """
+        total = 0.0
+        sizes = [len(self.weights[name]) for name in self.names]
+        for name, part in zip(self.names, g.double().abs().split(sizes, -1), strict=True):
+            size = x.double().abs() @ self.weights[name].abs().T
+            bias, term = self.biases[name], terms[name]
+            size += 0 if bias is None else bias.abs()
+            low = stretch * x.double().abs() @ term.A.double().abs().T
+            size += abs(term.scaling) * low @ term.B.double().abs().T
+            total += float((part * size).sum())
+        return total
+
     def bound(self, adapters: Iterable[Mapping[str, Term]], merges: int = 0) -> torch.Tensor:
         """How far a computed output may be from :meth:`output`, element by element."""
         active = list(adapters)

@@ -190,6 +190,17 @@ def test_one_fault_of_many_modules_is_one_problem(tmp_path: Path) -> None:
     assert "GatheredParameters" in problem
 
 
+@pytest.mark.parametrize("key", ["score.weight", "model.embed_tokens.weight", "q_proj.bias"])
+def test_a_whole_tensor_without_numbers_is_no_tensor(tmp_path: Path, key: str) -> None:
+    options: dict[str, Any] = {"modules_to_save": ["score"], "bias": "all"}
+    head: Tensors = {f"{P}score.weight": ((3, 6), 1.0)}
+    sound: Tensors = {**lora_tensors(), **head, f"{P}{key}": ((3, 6), 1.0)}
+    assert problems(tmp_path / "a", sound, **options) == []
+    [problem] = problems(tmp_path / "b", {**sound, f"{P}{key}": ((0,), 1.0)}, **options)
+    assert f"tensor '{P}{key}': shape [0], not a single number" in problem
+    assert "GatheredParameters" in problem
+
+
 def test_integer_factors_are_refused(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", target_modules=["q_proj"])
     write(

@@ -102,6 +102,72 @@ def test_a_classic_mistake_is_caught_with_a_script_that_shows_it(mistake: str, m
         exec(compile(caught.value.script, "shown", "exec"), {"__name__": "shown"})
 
 
+FUSED = """
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask, A, B, s):
+        ctx.save_for_backward(x, mask, A, B)
+        ctx.s = s
+        return s * (mask * x @ A.T) @ B.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, mask, A, B = ctx.saved_tensors
+        rows, inputs = ctx.s * g.reshape(-1, len(B)), (mask * x).reshape(-1, A.shape[1])
+        into = rows @ B
+        of_x = (into @ A).reshape(x.shape) * mask
+        return of_x, None, into.T @ inputs, rows.T @ (inputs @ A.T), None
+"""
+"""The adapter's part of the layer with a backward pass of its own."""
+
+RETURNS = "return of_x, None, into.T @ inputs"
+REUSED = "{0}\n        " + RETURNS
+BACKWARDS = {
+    "dropout forgotten": (".reshape(x.shape) * mask", ".reshape(x.shape)", "gradient of the input"),
+    "another input": ("into.T @ inputs", "into.T @ x.reshape(inputs.shape)", "gradient of A of"),
+    "scaled twice": ("rows.T @ (inputs", "ctx.s * rows.T @ (inputs", "gradient of B of"),
+    "none": (RETURNS, "return of_x, None, None", "no gradient reaches A"),
+    "a factor reused": (RETURNS, REUSED.format("B.data.mul_(2)"), "a second backward pass"),
+    "the input reused": (RETURNS, REUSED.format("x.data.copy_(of_x)"), "into the input"),
+}
+
+
+def fused(module: Any, source: str) -> str:
+    old = "self.scaling * (self.dropout(x) @ self.A.T) @ self.B.T"
+    new = "Fused.apply(x, self.dropout(torch.ones_like(x)), self.A, self.B, self.scaling)"
+    place: str = module((old, new), more=source)
+    return place
+
+
+def test_a_sound_backward_pass_of_ones_own_keeps_the_contract(module: Any) -> None:
+    laws = ["forward", "gradients", "merge_equivalence", "requires_grad"]
+    verdicts = assert_contract(fused(module, FUSED), laws=laws, examples=15)
+    assert {verdict.result for verdict in verdicts} == {Result.PASS}
+
+
+@pytest.mark.parametrize("fault", BACKWARDS)
+def test_a_wrong_backward_pass_is_caught_by_nothing_but_its_gradients(
+    fault: str, module: Any
+) -> None:
+    old, new, says = BACKWARDS[fault]
+    assert old in FUSED
+    place = fused(module, FUSED.replace(old, new))
+    assert_contract(place, laws=["forward", "merge_equivalence"], examples=5)
+    with pytest.raises(ContractBroken, match=says) as caught:
+        assert_contract(place, laws=["gradients"], examples=15)
+    assert "pytest_lora" not in caught.value.script
+    with pytest.raises(AssertionError):
+        exec(compile(caught.value.script, "shown", "exec"), {"__name__": "shown"})
+
+
+def test_random_numbers_that_no_seed_repeats_give_no_verdict(module: Any) -> None:
+    own = "x * torch.rand(x.shape, generator=DICE).round() if self.training else x"
+    place = module(("self.dropout(x)", f"({own})"), more="DICE = torch.Generator()")
+    [verdict] = assert_contract(place, laws=["gradients"], examples=5)
+    assert verdict.result is Result.NOT_APPLICABLE
+    assert "no seed of torch repeats" in verdict.reason
+
+
 PARTS = {
     "nothing": ("for name in targets:", "for name in []:", "down is left out"),
     "one of two": ("for name in targets:", "for name in targets[:1]:", "down is left out"),

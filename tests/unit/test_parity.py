@@ -19,7 +19,7 @@ from torch.nn import functional
 import pytest_lora as lora
 from pytest_lora.errors import CheckFailed, NotApplicable, UsageError
 from pytest_lora.subject import Subject
-from timemachine.cases import llama, lora_config, on_disk, trained
+from timemachine.cases import llama, lora_config, on_disk, saved, trained
 
 IDS = torch.arange(3, 27).view(2, 12)
 Batch = dict[str, torch.Tensor]
@@ -72,6 +72,106 @@ def test_a_second_round_is_asked_for(subject: Subject) -> None:
     answers = iter([output, base])
     with pytest.raises(CheckFailed, match="default, asked after default"):
         lora.assert_serving_parity(lambda name: next(answers), subject)
+
+
+@pytest.fixture(scope="module")
+def served(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two adapters of one base, and their outputs and the base's by name."""
+    config = lora_config("v_proj", task_type="CAUSAL_LM")
+    folder = saved(trained(llama(), config), tmp_path_factory.mktemp("second"))
+    second = Subject(lora.read_adapter(folder), subject.base, {"input_ids": IDS})
+    outputs: dict[Any, torch.Tensor] = {None: _outputs(subject)[1]}
+    outputs |= {name: _outputs(one)[0] for name, one in (("first", subject), ("second", second))}
+    return {"first": subject, "second": second}, outputs
+
+
+def _mix(outputs: dict[Any, torch.Tensor], names: list[Any]) -> torch.Tensor:
+    return torch.stack([outputs[name][row] for row, name in enumerate(names)])
+
+
+def test_the_base_model_and_mixed_batches_are_asked_for(served: Any) -> None:
+    subjects, outputs = served
+    batches: list[list[Any]] = []
+
+    def mixed(names: list[Any]) -> torch.Tensor:
+        batches.append(names)
+        return _mix(outputs, names)
+
+    found = lora.assert_serving_parity(outputs.__getitem__, subjects, base=True, mixed=mixed)
+    assert found.value == pytest.approx(1)
+    asked = [answer["asked"] for answer in found.details["answers"]]  # type: ignore
+    assert asked[:6] == 2 * ["the base model", "first", "second"]
+    assert [sorted(map(str, column)) for column in zip(*batches, strict=True)] == 2 * [
+        ["None", "first", "second"]
+    ]
+    lora.assert_serving_parity(outputs.__getitem__, subjects, mixed=mixed)
+    assert None not in batches[3] + batches[4]
+
+
+def test_an_adapter_that_stays_on_for_the_base_model(served: Any) -> None:
+    subjects, outputs = served
+    last: list[Any] = []
+
+    def serve(name: Any) -> torch.Tensor:
+        last.append(name or (last[-1] if last else None))
+        return outputs[last[-1]]
+
+    lora.assert_serving_parity(serve, subjects)  # nobody asks
+    last.clear()
+    with pytest.raises(
+        CheckFailed, match=r"the base model, asked after second: nearer to .*second"
+    ):
+        lora.assert_serving_parity(serve, subjects, base=True)
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda names: [names[0]] * 2, "a mixed batch of .*: row 1"),
+        (lambda names: names[::-1], "nearer to the output of"),
+        (lambda names: [name or "first" for name in names], "the base model: nearer to .*first"),
+        (lambda names: [None, names[1]], "row 0, .*nearer to the base model's output"),
+        (lambda names: names[:1], "shape"),
+    ],
+    ids=["one for all", "reversed", "none is the first", "none is none", "a row less"],
+)
+def test_rows_of_a_batch_that_get_another_ones_adapter(
+    served: Any, broken: Callable[[list[Any]], list[Any]], says: str
+) -> None:
+    subjects, outputs = served
+
+    def mixed(names: list[Any]) -> torch.Tensor:
+        return _mix(outputs, broken(names))
+
+    lora.assert_serving_parity(outputs.__getitem__, subjects, base=True)
+    with pytest.raises(CheckFailed, match=says):
+        lora.assert_serving_parity(outputs.__getitem__, subjects, base=True, mixed=mixed)
+
+
+def test_a_small_error_in_the_base_models_answer_is_measured(served: Any) -> None:
+    subjects, outputs = served
+    rounded = {**outputs, None: outputs[None].bfloat16().float()}
+    with pytest.raises(CheckFailed, match=r"the base model: .* rounding error"):
+        lora.assert_serving_parity(rounded.__getitem__, subjects, base=True)
+
+
+def test_what_is_no_mixed_batch(served: Any) -> None:
+    subjects, outputs = served
+    first, second = subjects["first"], subjects["second"]
+    serve = outputs.__getitem__
+
+    def mixed(names: list[Any]) -> torch.Tensor:
+        return _mix(outputs, names)
+
+    with pytest.raises(UsageError, match="of one adapter is none"):
+        lora.measure_serving_parity(serve, {"first": first}, mixed=mixed)
+    assert lora.measure_serving_parity(serve, {"first": first}, base=True, mixed=mixed).value <= 2
+    others = Subject(second.adapter, second.base, {"input_ids": IDS + 1})
+    with pytest.raises(UsageError, match="the same probe inputs"):
+        lora.measure_serving_parity(serve, {"first": first, "second": others}, mixed=mixed)
+    alone = Subject(first.adapter, first.base, {"input_ids": IDS[:1]})
+    with pytest.raises(UsageError, match="two rows, not of 1"):
+        lora.measure_serving_parity(serve, {"first": alone}, base=True, mixed=mixed)
 
 
 def test_what_cannot_be_told(subject: Subject) -> None:

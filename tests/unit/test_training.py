@@ -6,6 +6,7 @@ Each assertion passes on a sound loop and fails on mutants of it, for the reason
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -424,6 +425,39 @@ def test_a_scheduler_that_has_begun_does_not_hide_the_declared_rate() -> None:
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     assert optimizer.param_groups[0]["lr"] == 0.0
     assert_optimizer_holds(optimizer, model, lr=1e-3)
+
+
+def test_the_declared_weight_decay_is_in_the_groups() -> None:
+    model = adapted(bias="lora_only", modules_to_save=["lm_head"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sound = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
+    assert_optimizer_holds(sound, model, weight_decay=0.1)
+    lost = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    assert_optimizer_holds(lost, model)  # nothing is declared
+    found = problems(failure(assert_optimizer_holds, lost, model, lr=1e-3, weight_decay=0.1))
+    assert len(found) == len(trained)
+    assert "a weight decay of 0 (expected 0.1)" in found[B0]
+    with pytest.raises(UsageError, match=r"weight_decay: '\*\.lora_C\.\*' matches no trainable"):
+        assert_optimizer_holds(sound, model, weight_decay={"*.lora_C.*": 0.1})
+
+
+def test_weight_decay_by_pattern_and_of_groups_that_have_none() -> None:
+    model = adapted()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if ("lora_A" in n) is first], "weight_decay": decay}
+        for first, decay in ((True, 0.1), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    declared = {"*.lora_A.*": 0.1, "*": 0.0}
+    found = assert_optimizer_holds(optimizer, model, weight_decay=declared)
+    assert found.details["weight_decays"] == [0.0, 0.1]
+    assert set(problems(failure(assert_optimizer_holds, optimizer, model, weight_decay=0.1))) == {
+        name for name, _ in named if "lora_B" in name
+    }
+    plain = SimpleNamespace(param_groups=[{"params": [p for _, p in named], "lr": 1e-3}])
+    assert_optimizer_holds(plain, model, weight_decay=0.0)
+    assert "expected 0.1" in str(failure(assert_optimizer_holds, plain, model, weight_decay=0.1))
 
 
 def test_what_is_no_optimizer() -> None:

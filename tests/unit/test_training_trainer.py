@@ -19,6 +19,7 @@ from pytest_lora import (
     CheckFailed,
     UsageError,
     assert_accumulation_equivalent,
+    assert_best_checkpoint_restored,
     assert_checkpointing_equivalent,
     assert_gradient_coverage,
     assert_optimizer_holds,
@@ -118,3 +119,52 @@ def test_a_dataset_without_length_has_no_first_batch(tmp_path: Path) -> None:
     ours.train_dataset = iter([])
     with pytest.raises(CannotRun, match="without length"):
         Stepper(ours, None).run(1, one_batch=True)
+
+
+# --------------------------------------------------------------------------- best checkpoints
+
+
+def test_the_best_checkpoint_is_there_in_the_end() -> None:
+    found = assert_best_checkpoint_restored(lambda folder: trainer(adapted(), folder))
+    assert (found.value, found.count) == (0, 8)
+
+
+def _unloaded(folder: Path) -> Any:
+    ours = trainer(adapted(), folder)
+    ours._load_best_model = lambda: None
+    return ours
+
+
+def _loaded_elsewhere(folder: Path) -> Any:
+    """Loads another checkpoint than the best."""
+    ours = trainer(adapted(), folder)
+    inner = ours._load_best_model
+
+    def load() -> None:
+        ours.state.best_model_checkpoint = str(folder / "checkpoint-2")
+        inner()
+
+    ours._load_best_model = load
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [(_unloaded, "the last weights are still there"), (_loaded_elsewhere, "neither the best")],
+)
+def test_another_checkpoint_in_the_end_is_found(build: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says) as caught:
+        assert_best_checkpoint_restored(build)
+    assert caught.value.result.measurement is not None
+    assert len(caught.value.result.measurement.problems) == 8
+
+
+def test_what_leaves_no_choice_of_checkpoints() -> None:
+    with pytest.raises(UsageError, match="have to be two"):
+        assert_best_checkpoint_restored(_unloaded, steps=1)
+    with pytest.raises(UsageError, match="has to return a Trainer"):
+        assert_best_checkpoint_restored(lambda folder: object())
+    with pytest.raises(CannotRun, match="the steps change nothing"):
+        assert_best_checkpoint_restored(
+            lambda folder: trainer(adapted(), folder, learning_rate=0.0)
+        )

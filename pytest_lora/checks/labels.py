@@ -1,0 +1,183 @@
+"""What a batch teaches a causal language model: its labels beside its tokens.
+
+A label belongs to the token at its own place; the model shifts by one itself.  What is ignored
+teaches nothing: where the end of a text is ignored with the padding, nobody learns to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pytest_lora.checks.steps import is_trainer
+from pytest_lora.errors import UsageError
+from pytest_lora.records import Measurement, Problem
+
+__all__ = ["measure_labels_sound"]
+
+_SHOWN = 8
+"""Token ids shown of a place at fault."""
+
+_NO_END = (
+    "append the end token before cutting to length, take a batch of texts that are not cut, or say"
+    " trailing=1 where the template writes a token after it"
+)
+_END_IGNORED = (
+    "mask padding by its place rather than by its token, or use a padding token that is not the end"
+    " token"
+)
+_BEGUN = (
+    "a template that writes the token and a tokenizer that adds it make two: one of them has to"
+    " leave it out"
+)
+_ANSWER_IGNORED = "the mask of the answer begins too late, or leaves tokens out by their kind"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One text of the batch.
+
+    Attributes:
+        number: of the row.
+        tokens, labels: whole, padding included.
+        kept: where the text is; everywhere in a batch without a mask.
+        taught: where a label is not ignored.
+    """
+
+    number: int
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    kept: torch.Tensor
+    taught: torch.Tensor
+
+    @property
+    def text(self) -> torch.Tensor:
+        """The places of the text, in order."""
+        return self.kept.nonzero()[:, 0]
+
+    def at(self, places: torch.Tensor) -> str:
+        """Where in the row that is, and the tokens there."""
+        shown = self.tokens[places][:_SHOWN].tolist()
+        more = ", ..." if len(places) > _SHOWN else ""
+        listed = ", ".join(map(str, shown))
+        return f"row {self.number}, from place {int(places[0])} (tokens {listed}{more})"
+
+
+def measure_labels_sound(
+    batch: Any,
+    *,
+    end: int | Collection[int] | None = None,
+    trailing: int = 0,
+    begin: int | None = None,
+    prompts: Sequence[int] | None = None,
+    ignored: int = -100,
+) -> Measurement:
+    """Count the rows of a batch whose labels teach something else than the text.
+
+    Args:
+        batch: ``input_ids`` and ``labels`` as the model is given them, ``attention_mask`` where
+            there is padding; or a Trainer, whose first training batch is looked at.
+        end: the token that ends a text, or several; the last token of each text has to be one of
+            them, and taught.
+        trailing: how many tokens a template writes after it (a line break).
+        begin: the token that begins a text, once.
+        prompts: how many tokens at the beginning of each text are its prompt; these have to be
+            ignored, and all others taught.
+        ignored: the label that stands for none.
+
+    Raises:
+        UsageError: no such batch.
+    """
+    rows = list(_rows(batch, ignored))
+    if prompts is not None and len(prompts) != len(rows):
+        raise UsageError(f"prompts has {len(prompts)} numbers for {len(rows)} rows")
+    ends = {end} if isinstance(end, int) else set(end or ())
+    problems: list[Problem] = []
+    for row in rows:
+        problems += _wrong_labels(row)
+        problems += _wrong_end(row, ends, trailing) if ends else []
+        problems += _wrong_begin(row, begin) if begin is not None else []
+        problems += _wrong_prompt(row, prompts[row.number]) if prompts is not None else []
+    places = sum(row.labels.numel() for row in rows)
+    taught = sum(int(row.taught.sum()) for row in rows)
+    return Measurement.of_problems(problems, count=places, rows=len(rows), taught=taught)
+
+
+def _rows(batch: Any, ignored: int) -> Iterator[_Row]:
+    if is_trainer(batch):
+        batch = next(iter(batch.get_train_dataloader()))
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
+        raise UsageError("a batch is a mapping with input_ids and labels, or comes of a Trainer")
+    tokens, labels = torch.as_tensor(batch["input_ids"]), torch.as_tensor(batch["labels"])
+    if tokens.dim() != 2 or tokens.shape != labels.shape or not tokens.numel():
+        raise UsageError(
+            f"input_ids {list(tokens.shape)} and labels {list(labels.shape)}: expected both of one"
+            " shape, (rows, places), as a causal language model takes them"
+        )
+    mask = batch.get("attention_mask")
+    kept = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
+    if kept.shape != tokens.shape:
+        raise UsageError(f"attention_mask {list(kept.shape)}: expected the shape of input_ids")
+    for number in range(len(tokens)):
+        yield _Row(number, tokens[number], labels[number], kept[number].bool(),
+                   labels[number] != ignored)  # fmt: skip
+
+
+def _wrong_labels(row: _Row) -> Iterator[Problem]:
+    if not bool(row.taught.any()):
+        yield Problem(f"row {row.number}", "every label is ignored", "something to learn",
+                      "the answer was cut off, or the mask found none in the text")  # fmt: skip
+        return
+    padding = (row.taught & ~row.kept).nonzero()[:, 0]
+    if len(padding):
+        yield Problem(row.at(padding), f"{len(padding)} labels on padding", "ignored",
+                      "set the labels to the ignored one where attention_mask is 0")  # fmt: skip
+    wrong = (row.taught & row.kept & (row.labels != row.tokens)).nonzero()[:, 0]
+    if len(wrong):
+        yield Problem(row.at(wrong), f"{len(wrong)} labels are other tokens", "the tokens there",
+                      _why_other(row))  # fmt: skip
+
+
+def _why_other(row: _Row) -> str:
+    places = row.taught[:-1].nonzero()[:, 0]
+    if len(places) and bool((row.labels[places] == row.tokens[places + 1]).all()):
+        return (
+            "they are the next tokens: the model shifts the labels itself, so leave them in place"
+        )
+    return "labels and input_ids come of different texts, or were cut or padded differently"
+
+
+def _wrong_end(row: _Row, ends: Collection[int], trailing: int) -> Iterator[Problem]:
+    last = row.text[-1 - trailing :]
+    found = [place for place in last if int(row.tokens[place]) in ends]
+    if not len(last):
+        return  # all of it is padding, so that every label is ignored or on padding
+    if not found:
+        wanted = ", ".join(map(str, sorted(ends)))
+        yield Problem(row.at(last), "the text ends without an end token", wanted, _NO_END)
+    elif not bool(row.taught[found[-1]]):
+        place = row.at(found[-1][None])
+        yield Problem(place, "the end token is ignored", "taught", _END_IGNORED)
+
+
+def _wrong_begin(row: _Row, begin: int) -> Iterator[Problem]:
+    found = row.tokens[row.text] == begin
+    times = int(found.long().cumprod(0).sum())
+    if times != 1:
+        said = f"it begins with {times} times token {begin}"
+        yield Problem(f"row {row.number}", said, "once", _BEGUN)
+
+
+def _wrong_prompt(row: _Row, length: int) -> Iterator[Problem]:
+    prompt, answer = row.text[:length], row.text[length:]
+    taught = prompt[row.taught[prompt]]
+    if len(taught):
+        yield Problem(row.at(taught), f"{len(taught)} tokens of the prompt are taught", "ignored",
+                      "the mask of the answer was lost, or counts from another place")  # fmt: skip
+    lost = answer[~row.taught[answer]]
+    if len(lost):
+        said = f"{len(lost)} tokens of the answer are ignored"
+        yield Problem(row.at(lost), said, "taught", _ANSWER_IGNORED)

@@ -1,0 +1,155 @@
+"""What a batch teaches: a sound one passes, each mistake of collators and templates is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import torch
+from training_loops import adapted, texts, trainer
+
+import pytest_lora as lora
+from pytest_lora.errors import CheckFailed, UsageError
+from pytest_lora.loading import quiet
+
+BEGIN, END, PAD, LINE = 1, 2, 0, 9
+PROMPTS = [3, 4]
+IDS = texts()["input_ids"]
+Batch = dict[str, torch.Tensor]
+
+
+def batch(*, side: str = "right", trailing: int = 0, **changes: Any) -> Batch:
+    """Two texts, prompt and answer, of unequal length; the answers are taught."""
+    rows: list[tuple[list[int], list[int], list[int]]] = []
+    for prompt, answer in (([BEGIN, 11, 12], [13, 14, 15]), ([BEGIN, 21, 22, 23], [24])):
+        text = [*prompt, *answer, END, *[LINE] * trailing]
+        labels = [*[-100] * len(prompt), *text[len(prompt) :]]
+        room = 7 + trailing - len(text)
+        before, after = (room, 0) if side == "left" else (0, room)
+        rows.append((
+            [PAD] * before + text + [PAD] * after,
+            [-100] * before + labels + [-100] * after,
+            [0] * before + [1] * len(text) + [0] * after,
+        ))  # fmt: skip
+    names = ("input_ids", "labels", "attention_mask")
+    found = {n: torch.tensor(c) for n, c in zip(names, zip(*rows, strict=True), strict=True)}
+    return {**found, **changes}
+
+
+def check(found: Batch, **options: Any) -> Any:
+    return lora.assert_labels_sound(found, end=END, begin=BEGIN, prompts=PROMPTS, **options)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_sound_batch_passes(side: str) -> None:
+    found = check(batch(side=side))
+    assert found.count == 14
+    assert found.details["taught"] == 6
+    check(batch(side=side, trailing=1), trailing=1)
+    assert lora.assert_labels_sound(batch(side=side)).value == 0  # with nothing declared
+
+
+def edited(name: str, row: int, place: int | slice, value: Any) -> Batch:
+    found = batch()
+    found[name] = found[name].clone()
+    found[name][row, place] = value
+    return found
+
+
+def _shifted() -> Batch:
+    """The labels as the loss wants them, for a model that shifts them itself."""
+    found = batch()
+    moved = found["labels"].roll(-1, 1)
+    moved[:, -1] = -100
+    return {**found, "labels": moved}
+
+
+FAULTS = {
+    "all ignored": (lambda: edited("labels", 1, slice(None), -100), "every label is ignored"),
+    "padding taught": (lambda: edited("labels", 1, 6, PAD), "1 labels on padding"),
+    "end ignored": (lambda: edited("labels", 0, 6, -100), "the end token is ignored"),
+    "end cut off": (lambda: edited("input_ids", 0, 6, 16), "the text ends without an end token"),
+    "shifted twice": (_shifted, "the model shifts the labels itself"),
+    "other texts": (lambda: edited("labels", 0, 4, 30), "come of different texts"),
+    "prompt taught": (lambda: edited("labels", 0, slice(1, 3), torch.tensor([11, 12])),
+                      "2 tokens of the prompt are taught"),
+    "answer ignored": (lambda: edited("labels", 0, 3, -100), "1 tokens of the answer are ignored"),
+    "begun twice": (lambda: edited("input_ids", 0, 1, BEGIN), "it begins with 2 times token 1"),
+    "not begun": (lambda: edited("input_ids", 1, 0, 8), "it begins with 0 times token 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(fault: str) -> None:
+    make, says = FAULTS[fault]
+    with pytest.raises(CheckFailed) as caught:
+        check(make())
+    assert says in str(caught.value)
+
+
+def test_where_and_what_is_shown() -> None:
+    with pytest.raises(CheckFailed, match=r"row 0, from place 1 \(tokens 11, 12\): 2 tokens"):
+        check(FAULTS["prompt taught"][0]())
+
+
+def test_a_line_break_after_the_end_has_to_be_declared() -> None:
+    with pytest.raises(CheckFailed, match="trailing=1"):
+        check(batch(trailing=1))
+    ignored = batch(trailing=1)
+    ignored["labels"] = ignored["labels"].where(ignored["input_ids"] != END, -100)
+    with pytest.raises(CheckFailed, match="the end token is ignored"):
+        check(ignored, trailing=1)
+
+
+def test_a_row_of_padding_teaches_nothing() -> None:
+    found = batch()
+    for name, value in (("labels", -100), ("attention_mask", 0)):
+        found[name][1] = value
+    with pytest.raises(CheckFailed, match="row 1: every label is ignored"):
+        lora.assert_labels_sound(found, end=END)
+
+
+def test_the_collator_of_transformers_with_the_end_token_as_padding() -> None:
+    """Everybody's first fine-tuning: the padding token is the end token, and both are masked."""
+    from tokenizers import Tokenizer, models
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w3"))
+    found = {}
+    for pad in ("w2", "w0"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token=pad)
+        rows = [{"input_ids": [5, 6, 7, 2]}, {"input_ids": [8, 2]}]
+        with quiet():
+            found[pad] = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
+    lora.assert_labels_sound(found["w0"], end=2)
+    with pytest.raises(CheckFailed, match="use a padding token that is not the end token"):
+        lora.assert_labels_sound(found["w2"], end=2)
+
+
+def test_a_trainer_is_asked_for_its_first_batch(tmp_path: Path) -> None:
+    made = trainer(adapted(), tmp_path)
+    taught = lora.assert_labels_sound(made).details["taught"]
+    assert isinstance(taught, int)
+    assert 0 < taught < 2 * 12
+    with pytest.raises(CheckFailed, match="ends without an end token"):
+        lora.assert_labels_sound(made, end=62)  # no text of these has it
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "says"),
+    [
+        (IDS, {}, "a mapping with input_ids and labels"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, {}, "expected both of one shape"),
+        ({"input_ids": IDS[0], "labels": IDS[0]}, {}, "rows, places"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": IDS[:, 1:]}, {}, "attention_mask"),
+        (texts(), {"prompts": [1]}, "1 numbers for 4 rows"),
+    ],
+)
+def test_what_is_no_batch(given: Any, options: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        lora.assert_labels_sound(given, **options)
