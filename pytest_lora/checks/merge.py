@@ -226,7 +226,7 @@ class _Visit:
         if self.call and self.known and not self._is_dora:
             merged = first_tensor(output)
             self._judge_known_outputs(self.known, merged, after["weight"], self.call[0])
-        elif not is_token_layer(self.layer) and (self.call or not self.known):
+        elif self.call or not (self.known or is_token_layer(self.layer)):
             self._judge_wide(after)
         return output
 
@@ -369,7 +369,11 @@ class _Visit:
         self.verdict.worst(distance, f"{self.name} ({label})", found)
 
     def _judge_wide(self, after: dict[str, torch.Tensor]) -> None:
-        settled = self.known is not None or "weights_against_own_delta" in self.verdict.outputs
+        settled = (
+            self.known is not None
+            or is_token_layer(self.layer)
+            or "weights_against_own_delta" in self.verdict.outputs
+        )
         found = wide_distance(self.layer, self.forward, self.call, {} if settled else after)
         if found.unknown:
             self.verdict.notes.append(f"not run in float64: {found.unknown}")

@@ -193,7 +193,7 @@ def measure_adapter_isolation(subject: Subject) -> Measurement:
 
 def _come_and_go(watch: _Watch, model: Any, first: torch.Tensor, folder: Path) -> torch.Tensor:
     """Add a second adapter, switch back and forth, save it to ``folder``, delete it."""
-    alone = set(_saved(model, ADAPTER_NAME))
+    alone, before = set(_saved(model, ADAPTER_NAME)), _tensor_names(model)
     _add(model, SECOND, _altered(model))
     _fill(model)
     watch.expect("after add_adapter", first, "the output before")
@@ -208,10 +208,39 @@ def _come_and_go(watch: _Watch, model: Any, first: torch.Tensor, folder: Path) -
                  "its output the first time")  # fmt: skip
     with quiet():
         model.save_pretrained(folder, selected_adapters=[SECOND], save_embedding_layers=False)
+    _switch_inside(watch, model, first, second)
     _switch(model, ADAPTER_NAME)
-    _delete(watch, model, SECOND)
-    watch.expect("after deleting the second adapter", first, "the output before")
+    if _delete(watch, model, SECOND):
+        watch.expect("after deleting the second adapter", first, "the output before")
+        _expect_gone(watch, model, before)
     return second
+
+
+def _switch_inside(watch: _Watch, model: Any, first: torch.Tensor, second: torch.Tensor) -> None:
+    """The way that several adapters are activated switches one like the usual way does."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if not isinstance(model.base_model, BaseTuner):  # virtual tokens: there is the bare model
+        return
+    for name, expected in ((ADAPTER_NAME, first), (SECOND, second)):
+        with quiet():
+            model.base_model.set_adapter(name)
+        watch.expect(f"after base_model.set_adapter({name!r})", expected,
+                     "what model.set_adapter gives")  # fmt: skip
+
+
+def _tensor_names(model: Any) -> set[str]:
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _expect_gone(watch: _Watch, model: Any, before: set[str]) -> None:
+    """What stays of a deleted adapter takes memory, and comes back under its name."""
+    left = sorted(name for name in _tensor_names(model) - before if SECOND in name.split("."))
+    if left:
+        watch.problems.append(
+            Problem("after deleting the second adapter", f"{left[0]} and {len(left) - 1} more of"
+                    " its tensors are still there", "none of them")
+        )  # fmt: skip
 
 
 def _altered(model: Any, **changes: Any) -> Any:
@@ -293,12 +322,15 @@ def _switch(model: Any, name: str) -> None:
         model.set_adapter(name)
 
 
-def _delete(watch: _Watch, model: Any, name: str) -> None:
+def _delete(watch: _Watch, model: Any, name: str) -> bool:
+    """Whether PEFT could."""
     try:
         with quiet():
             model.delete_adapter(name)
     except REFUSALS as error:
         watch.notes.append(f"not deleted, as PEFT cannot: {one_line(error)}")
+        return False
+    return True
 
 
 def _require_other(watch: _Watch, second: torch.Tensor, first: torch.Tensor) -> None:

@@ -57,6 +57,8 @@ def measure_requires_grad(subject: Subject) -> Measurement:
             _onto_trainable(table, model, directory)
         with subject.attached() as model:
             _note_thaw(table, model)
+        with subject.attached() as model:
+            _prepare_hot_swap(table, model)
     return table.measurement()
 
 
@@ -102,6 +104,25 @@ def _switch(table: _Table, model: Any) -> None:
         if "inference_mode" in inspect.signature(model.set_adapter).parameters:
             model.set_adapter(ADAPTER_NAME, inference_mode=True)
             table.expect("after set_adapter(inference_mode=True)", model)
+
+
+def _prepare_hot_swap(table: _Table, model: Any) -> None:
+    """Making room for adapters of a larger rank must not thaw the one that is there."""
+    config = model.peft_config[ADAPTER_NAME]
+    try:
+        from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+    except ImportError:
+        return
+    if not hasattr(config, "rank_pattern") or not isinstance(getattr(config, "r", None), int):
+        return
+    rank = 2 * max(config.r, *config.rank_pattern.values(), 1)
+    try:
+        with quiet():
+            prepare_model_for_compiled_hotswap(model, target_rank=rank)
+    except REFUSALS as error:
+        table.note(f"not prepared for hot-swapping, as PEFT cannot: {one_line(error)}")
+        return
+    table.expect("after prepare_model_for_compiled_hotswap", model)
 
 
 def _note_thaw(table: _Table, model: Any) -> None:

@@ -342,7 +342,7 @@ def measure_optimizer_holds(
     decays = {name: place.decay for name, place in first.items()}
     problems += _wrong_setting("lr", "learning rate", rates, lr)
     problems += _wrong_setting("weight_decay", "weight decay", decays, weight_decay)
-    problems += _wrong_ratio(rates, loraplus_lr_ratio)
+    problems += _wrong_ratio(rates, loraplus_lr_ratio, lr)
     return Measurement.of_problems(
         problems,
         count=len(declared.trainable) + len(tensors),
@@ -465,16 +465,20 @@ def _wrong_setting(
                           " it")  # fmt: skip
 
 
-def _wrong_ratio(rates: Mapping[str, float], ratio: float | None) -> Iterator[Problem]:
-    """Each B factor against the A factor of its own module."""
+def _wrong_ratio(
+    rates: Mapping[str, float], ratio: float | None, lr: float | Mapping[str, float] | None
+) -> Iterator[Problem]:
+    """Each B factor against the A factor of its own module, where no rate is declared for both."""
     if ratio is None:
         return
-    pairs = 0
+    pairs, declared = 0, tuple(lr) if isinstance(lr, Mapping) else ()
     for name, rate in rates.items():
         partner = name.replace("lora_embedding_B", "lora_embedding_A").replace("lora_B", "lora_A")
         if partner == name or partner not in rates:
             continue
         pairs += 1
+        if matches(name, declared) and matches(partner, declared):
+            continue  # held to those
         if not _same_number(rate, ratio * rates[partner]):
             found = rate / rates[partner] if rates[partner] else math.inf
             yield Problem(name, f"{found:g} times the learning rate of its lora_A", f"{ratio:g}",

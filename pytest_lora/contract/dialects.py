@@ -57,6 +57,7 @@ class Case:
         dtype: of the base.
         dropout: of the adapters.
         options: further settings of the configuration, as source code.
+        chosen: those of the network's targets that are adapted; all of them if empty.
     """
 
     network: str = "linear"
@@ -68,6 +69,7 @@ class Case:
     dtype: str = "float32"
     dropout: float = 0.0
     options: Mapping[str, str] = field(default_factory=dict)
+    chosen: tuple[str, ...] = ()
 
     def other(self) -> Case:
         """That of a second adapter: another scaling (and rank, where any rank will do)."""
@@ -82,6 +84,11 @@ class Case:
     def net(self) -> Network:
         """The network."""
         return NETWORKS[self.network]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modules to adapt."""
+        return self.chosen or self.net.targets
 
 
 class Dialect:
@@ -204,7 +211,7 @@ class Peft(Dialect):
         """The configuration as source code."""
         options = dict(self.method.options)
         if self.method.accepts("target_modules"):
-            options["target_modules"] = repr(list(case.net.targets))
+            options["target_modules"] = repr(list(case.targets))
         if case.net.parameters:
             options["target_parameters"] = repr(list(case.net.parameters))
         if case.net.saved:
@@ -319,7 +326,7 @@ class OwnClass(Dialect):
 
     def attach(self, trial: Trial, case: Case) -> None:
         """Attach the first adapter, with what its initialisation needs before and after."""
-        arguments = f"{list(case.net.targets)!r}, r={case.r}, alpha={case.alpha}"
+        arguments = f"{list(case.targets)!r}, r={case.r}, alpha={case.alpha}"
         if "dropout" in inspect.signature(self.cls.attach).parameters:  # type: ignore[attr-defined]
             arguments += f", dropout={case.dropout}"
         trial.run(f"model = lora.attach(net, {arguments}).eval()")
@@ -359,7 +366,7 @@ class OwnClass(Dialect):
             return
         if operation == "add":
             name, case = args
-            targets = list(case.net.targets)
+            targets = list(case.targets)
             trial.run(f"lora.add(model, {name!r}, {targets!r}, r={case.r}, alpha={case.alpha})")
             return
         given = args[-1:] if operation == "scale" else args  # there: of the adapter in use

@@ -216,7 +216,7 @@ class Experiment:
         """
         chosen = case or self.case
         found = self.dialect.factors(self.trial, name)
-        self._require_targets(name, found, chosen.r)
+        self._require_targets(name, found, chosen)
         known = chosen.alpha / chosen.r
         return {
             key: Term(B.clone(), A.clone(), scaling if scaling == scaling else known)
@@ -224,10 +224,10 @@ class Experiment:
         }
 
     def _require_targets(
-        self, name: str, found: Mapping[str, tuple[Any, Any, float]], r: int
+        self, name: str, found: Mapping[str, tuple[Any, Any, float]], case: Case
     ) -> None:
         """Exactly the modules asked for; for a class of one's own each A (r, in), B (out, r)."""
-        asked = set(self.case.net.targets)
+        asked = set(case.targets)
         for keys, what in (
             (asked - found.keys(), "is left out"),
             (found.keys() - asked, "is adapted, which nobody asked for"),
@@ -240,7 +240,7 @@ class Experiment:
             return  # some variants give each module a rank of its own
         for key, (b, a, _) in found.items():
             rows, columns = self.own[f"{key}.weight"].shape
-            for factor, tensor, fit in (("A", a, [r, columns]), ("B", b, [rows, r])):
+            for factor, tensor, fit in (("A", a, [case.r, columns]), ("B", b, [rows, case.r])):
                 if list(tensor.shape) != fit:
                     raise self.trial.broken(
                         f"adapter {name!r}: {factor} of {key} is {list(tensor.shape)}, not {fit}",

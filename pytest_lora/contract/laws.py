@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,11 +137,11 @@ def forward(it: Experiment) -> None:
 
 @_law("linear", "conv1d")
 def linear_in_scaling(it: Experiment) -> None:
-    """Three times the scaling is three times the change, and once again the change as before."""
+    """Three times the scaling is three times the change, none is none, once is as before."""
     it.require_plain()
     it.attach()
     terms = _own_terms(it)
-    for factor in (3.0, 1.0):
+    for factor in (3.0, 0.0, 1.0):
         it.say("scale", FIRST, factor)
         scaled = {name: term.scaled(factor) for name, term in terms.items()}
         it.expect([scaled], f"the scaling times {factor:g}")
@@ -197,6 +198,24 @@ def merge_equivalence(it: Experiment) -> None:
     terms = it.terms()
     it.say("merge")
     it.expect([terms], "the merged model", merges=1)
+    if isinstance(it.dialect, OwnClass):
+        _merged_for_real(it, it.dialect)
+
+
+def _merged_for_real(it: Experiment, dialect: OwnClass) -> None:
+    """What is merged is in the weights: the factors, whatever they become, play no part.
+
+    A merge that does nothing gives the right output as well, and is told by this alone.
+    """
+    it.trial.run("merged = run()")
+    try:
+        it.trial.run(
+            f"for A, B in {dialect.live(FIRST)}.values():\n    A.data.mul_(-2)\n    B.data.add_(1)"
+        )
+    except Refused:
+        it.trial.drop_refused()  # they may be gone, now that they are merged
+        return
+    it.expect_bits(it.trial.names["merged"], "merged", "merged, then other factors")
 
 
 @_law("linear", "conv1d", "embedding", "convolution", "experts", half=True)
@@ -472,6 +491,8 @@ def combination(it: Experiment) -> None:
         _combined_alone(it)
         return
     it.require_plain()
+    if isinstance(it.dialect, Peft):
+        _own_scaling_of_a_module(it)
     it.attach()
     if isinstance(it.dialect, OwnClass):
         _own_combination(it, it.dialect)
@@ -494,6 +515,13 @@ def combination(it: Experiment) -> None:
         except Refused as refusal:
             raise it.outcome(refusal) from None
         _products_equal(it, name, f"combine({names}, {weights}, {kind!r})", parts)
+
+
+def _own_scaling_of_a_module(it: Experiment) -> None:
+    """In some examples one module has a scaling of its own, which its product has to have too."""
+    if it.case.seed % 2:
+        pattern = repr({it.case.targets[0]: 3 * it.case.alpha})
+        it.case = replace(it.case, options={**it.case.options, "alpha_pattern": pattern})
 
 
 def _combined_alone(it: Experiment) -> None:
@@ -824,8 +852,12 @@ def saved_alone(it: Experiment) -> None:
     it.trial.run(f"before = {{key: value.clone() for key, value in {read}.items()}}")
     if not it.trial.names["before"]:
         raise it.trial.broken("nothing is saved of it", "assert before")
+    settings = f"model.peft_config[{FIRST!r}].to_dict()"
+    it.trial.run(f"settings = {settings}")
     it.add(SECOND, it.case.other())
+    _may_combine(it)
     it.trial.run(f"after = {read}")
+    _same_settings(it, settings)
     before, after = it.trial.names["before"], it.trial.names["after"]
     foreign, lost = sorted(set(after) - set(before)), sorted(set(before) - set(after))
     changed = [key for key in before if key in after and not same_bits(before[key], after[key])]
@@ -840,6 +872,27 @@ def saved_alone(it: Experiment) -> None:
                 "assert sorted(before) == sorted(after), set(before) ^ set(after)",
                 "assert all(torch.equal(before[key], after[key]) for key in before)",
             )
+
+
+def _may_combine(it: Experiment) -> None:
+    """A third adapter made of the first; whether that can be done is ``combination``'s to say."""
+    if hasattr(getattr(it.model, "base_model", None), "add_weighted_adapter"):
+        try:
+            it.trial.run(f"model.add_weighted_adapter([{FIRST!r}], [0.5], 'sum0')")
+        except Refused:
+            it.trial.drop_refused()
+
+
+def _same_settings(it: Experiment, settings: str) -> None:
+    """The configuration is saved with the weights, and a scaling may stand in it."""
+    before, after = it.trial.names["settings"], it.trial.value(settings)
+    changed = sorted(key for key in before if before[key] != after.get(key))
+    if changed:
+        raise it.trial.broken(
+            f"with another adapter there, its {changed[0]} is saved as {after.get(changed[0])!r}, "
+            f"not {before[changed[0]]!r}",
+            f"assert settings == {settings}, {settings}",
+        )
 
 
 def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
@@ -881,9 +934,12 @@ def _attach_layers(it: Experiment, **options: str) -> dict[str, Any]:
     return adapted
 
 
-@_law("layers", "bare layers")
+@_law("layers", "bare layers", "look-alikes")
 def chosen_layers(it: Experiment) -> None:
-    """layers_to_transform chooses by the number of the layer, the first one in a module's path."""
+    """Exactly what is chosen is adapted: by full names; by layers, the first number in a path."""
+    if it.case.network == "look-alikes":
+        _named_modules(it)
+        return
     chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
@@ -893,6 +949,25 @@ def chosen_layers(it: Experiment) -> None:
             f"layers {chosen}: adapted are {', '.join(sorted(found - expected)) or 'none'} of"
             f" other layers; left out are {', '.join(sorted(expected - found)) or 'none'}",
             f"assert set(adapted) == {expected!r}, set(adapted)",
+        )
+
+
+_MANY = 24
+"""So many names that they may be abbreviated on the way."""
+
+
+def _named_modules(it: Experiment) -> None:
+    """Modules given by their full names, among others whose names end or begin in the same way."""
+    names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
+    chosen = sorted(random.Random(it.case.seed).sample(names, _MANY))
+    it.case = replace(it.case, chosen=tuple(chosen))
+    found = set(_attach_layers(it))
+    extra, left = sorted(found - set(chosen)), sorted(set(chosen) - found)
+    if extra or left:
+        raise it.trial.broken(
+            f"{_MANY} modules named in full: adapted as well are {', '.join(extra) or 'none'};"
+            f" left out are {', '.join(left) or 'none'}",
+            f"assert set(adapted) == set({chosen!r}), set(adapted)",
         )
 
 

@@ -125,12 +125,14 @@ class _Sequences(RuleBasedStateMachine):
             self.roundings += max(len(self.adapters), 1)
 
     @precondition(lambda self: len(self.adapters) < len(NAMES) and not self.merged)
-    @rule(seed=st.integers(1, 99), more=st.integers(1, 5))
+    @rule(seed=st.integers(1, 99), more=st.integers(1, 5), part=st.sampled_from([None, 0, -1]))
     @_guarded
-    def add(self, seed: int, more: int) -> None:
+    def add(self, seed: int, more: int, part: int | None) -> None:
+        """One more, in PEFT of one of the modules only or of all of them."""
         it = self._experiment
         name = next(name for name in NAMES if name not in self.adapters)
-        case = replace(it.case, seed=seed, alpha=it.case.alpha + more)
+        chosen = (it.case.net.targets[part],) if it.is_peft and part is not None else ()
+        case = replace(it.case, seed=seed, alpha=it.case.alpha + more, chosen=chosen)
         if not self._do("add", name, case):
             return
         if self._do("activate", name):

@@ -142,6 +142,16 @@ class Body(torch.nn.Module):
     def forward(self, x):
         return sum(part(x) for layer in self.layers for part in layer.experts)
 """
+_LOOK_ALIKES = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.ModuleList([Part() for _ in range(10)])
+        self.other_block = torch.nn.ModuleList([Part() for _ in range(10)])
+
+    def forward(self, x):
+        return sum(part(x) for part in (*self.block, *self.other_block))
+"""
 _INNER = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -233,6 +243,7 @@ NETWORKS: Mapping[str, Network] = {
     "saved": Network(_SAVED, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
     "layers": Network(_LAYERS + _INNER, "torch.randn(3, {k}, dtype={dtype})"),
     "bare layers": Network(_LAYERS + "\nNet = Body\n", "torch.randn(3, {k}, dtype={dtype})"),
+    "look-alikes": Network(_LAYERS + _LOOK_ALIKES, "torch.randn(3, {k}, dtype={dtype})"),
     "llama": Network(
         _LLAMA.replace("{tied}", "False"), _TOKENS, call=_ON_TOKENS, targets=("q_proj", "up_proj")
     ),
@@ -247,7 +258,7 @@ NETWORKS: Mapping[str, Network] = {
 }  # fmt: skip
 """The networks by name."""
 
-ONLY_LORA = ("grouped", "experts", "saved", "tied llama", "experts llama")
+ONLY_LORA = ("grouped", "experts", "saved", "look-alikes", "tied llama", "experts llama")
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.
 """

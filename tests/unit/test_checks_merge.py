@@ -517,6 +517,27 @@ def test_token_rows_are_compared_bit_for_bit(monkeypatch):
     assert restoration(subject).value == math.inf
 
 
+@pytest.mark.skipif(not hasattr(peft, "TrainableTokensConfig"), reason="older PEFT")
+def test_the_forward_of_token_rows_is_what_their_merge_stands_for(monkeypatch):
+    config = peft.TrainableTokensConfig(token_indices=[2, 3], target_modules=["embed"])
+    subject = StandIn(
+        wrap(Net().eval(), config, torch.float32),
+        {"ids": torch.arange(12).view(2, 6)},
+        torch.float32,
+    )
+    layer = next(m for m in subject.model.modules() if hasattr(m, "token_indices"))
+    real = type(layer).forward
+
+    def scaled(self: Any, ids: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = real(self, ids)
+        return rows if self.merged else 1.5 * rows
+
+    monkeypatch.setattr(type(layer), "forward", scaled)
+    found = equivalence(subject)
+    assert found.value > 1
+    assert "merged and unmerged differ" in str(found.details)
+
+
 # ------------------------------------------------------------------- notes
 
 

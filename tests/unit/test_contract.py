@@ -33,7 +33,7 @@ from pytest_lora.contract.cells import (
 from pytest_lora.contract.dialects import FIRST, Case, OwnClass, Peft, load_implementation
 from pytest_lora.contract.experiment import Experiment, is_refusal, lacks_library, says_refusal
 from pytest_lora.contract.known import Known, known_deviations
-from pytest_lora.contract.laws import IN_FRESH_PROCESSES
+from pytest_lora.contract.laws import IN_FRESH_PROCESSES, LAWS
 from pytest_lora.contract.methods import Method, discover
 from pytest_lora.contract.reference import Reference, Term
 from pytest_lora.contract.table import markdown, summary, table_lines
@@ -166,6 +166,30 @@ def test_random_numbers_that_no_seed_repeats_give_no_verdict(module: Any) -> Non
     [verdict] = assert_contract(place, laws=["gradients"], examples=5)
     assert verdict.result is Result.NOT_APPLICABLE
     assert "no seed of torch repeats" in verdict.reason
+
+
+NO_MERGES = {
+    "nothing is done": ("        [layer.merge() for layer", "        [None for layer"),
+    "a copy is merged": ("self.base.weight += self.scaling * self.B @ self.A",
+                         "self.base.weight.clone().add_(self.scaling * self.B @ self.A)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", NO_MERGES)
+def test_a_merge_that_leaves_the_weights_alone_is_caught(how: str, module: Any) -> None:
+    """Its output is right as long as the factors go on being used."""
+    changes = [NO_MERGES[how], ("self.merged = True", "self.merged = False")]
+    [tried] = [c for c in contract_cells(module(*changes)) if c.law == "merge_equivalence"]
+    verdict = try_cell(tried, examples=2, shrink=False)
+    assert verdict.result is Result.FAIL
+    assert "merged, then other factors" in verdict.reason
+
+
+def test_factors_that_are_gone_once_merged_are_no_fault(module: Any) -> None:
+    gone = ("return {name: (layer.A, layer.B)", "return {name: (1 / (not layer.merged) * layer.A, "
+            "layer.B) if layer.merged else (layer.A, layer.B)")  # fmt: skip
+    [tried] = [c for c in contract_cells(module(gone)) if c.law == "merge_equivalence"]
+    assert try_cell(tried, examples=2, shrink=False).result is Result.PASS
 
 
 PARTS = {
@@ -397,6 +421,11 @@ FAULTS = {
     "another while merged": ("sequences", "self.unmerge(model)  # before another", "pass"),
     "scales add up": ("linear_in_scaling", "layer.scaling = factor * layer.first",
                       "layer.scaling *= factor"),
+    "nothing is left of nothing": (
+        "linear_in_scaling",
+        "layer.scaling = factor * layer.first",
+        "layer.A.data.mul_(bool(factor))\n            layer.scaling = factor * layer.first",
+    ),
     "not enabled": ("base_output_when_disabled", "m.on = True", "pass"),
     "not all of it taken out": (
         "unmerge_without_growth",
@@ -556,6 +585,70 @@ def test_a_peft_whose_second_adapter_disturbs_the_first_is_caught(
 
     monkeypatch.setattr(layer.LoraLayer, "set_scale", everywhere)
     assert try_cell(cell("linear_in_scaling"), examples=5, shrink=False).result is Result.FAIL
+
+
+def test_a_peft_that_adapts_what_only_looks_alike_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners import tuners_utils
+
+    it = Experiment("chosen_layers", LORA, Case(network="look-alikes", seed=3))
+    LAWS["chosen_layers"].hold(it)
+    monkeypatch.setattr(tuners_utils, "_find_minimal_target_modules", lambda *_: {"up", "down"})
+    it = Experiment("chosen_layers", LORA, Case(network="look-alikes", seed=3))
+    with pytest.raises(ContractBroken, match=r"adapted as well are .*block\.\d\.(?:up|down)"):
+        LAWS["chosen_layers"].hold(it)
+
+
+def test_a_peft_that_changes_the_settings_of_another_adapter_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.lora import LoraModel
+
+    original = LoraModel.add_weighted_adapter
+
+    def greedy(self: Any, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        original(self, adapters, *args, **kwargs)
+        self.peft_config[adapters[0]].lora_alpha *= 2
+
+    monkeypatch.setattr(LoraModel, "add_weighted_adapter", greedy)
+    verdict = try_cell(cell("saved_alone"), examples=1, shrink=False)
+    assert verdict.result is Result.FAIL
+    assert "its lora_alpha is saved as" in verdict.reason
+
+
+def test_a_peft_that_scales_one_module_of_a_combination_twice_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.lora import model
+
+    kept = {"alpha_pattern", "rank_pattern"}
+    original = model.replace
+    monkeypatch.setattr(model, "replace", lambda config, **changes: original(
+        config, **{key: value for key, value in changes.items() if key not in kept}
+    ))  # fmt: skip
+    law = LAWS["combination"]
+    law.hold(Experiment("combination", LORA, Case(seed=2)))
+    with pytest.raises(ContractBroken, match="the product in up is off"):
+        law.hold(Experiment("combination", LORA, Case(seed=3)))
+
+
+def test_a_peft_that_goes_on_where_the_next_adapter_has_no_part_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    original = BaseTunerLayer.set_adapter
+
+    def only_its_own(self: Any, names: Any, *args: Any, **kwargs: Any) -> None:
+        wanted = [names] if isinstance(names, str) else names
+        if not self.lora_A or set(wanted) & set(self.lora_A):
+            original(self, names, *args, **kwargs)
+
+    monkeypatch.setattr(BaseTunerLayer, "set_adapter", only_its_own)
+    verdict = try_cell(cell("sequences"), examples=40, shrink=False)
+    assert verdict.result is Result.FAIL
+    assert "adapters at work: one2" in verdict.reason
 
 
 def test_a_fresh_adapter_off_the_identity_is_caught() -> None:

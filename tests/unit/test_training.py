@@ -419,6 +419,18 @@ def test_learning_rates_by_pattern_and_by_ratio() -> None:
         assert_optimizer_holds(optimizer, model, lr={"*.lora_C.*": 1.0})
 
 
+def test_a_ratio_is_not_asked_of_a_pair_whose_rates_are_declared() -> None:
+    """LoRA+ gives the factors of an embedding one rate of their own."""
+    model = adapted()
+    equal = plus(model, 1e-4, 1e-4)
+    assert_optimizer_holds(equal, model, lr={"*": 1e-4}, loraplus_lr_ratio=16)
+    for lr in (None, 1e-4, {"*.lora_A.*": 1e-4}):
+        error = failure(assert_optimizer_holds, equal, model, lr=lr, loraplus_lr_ratio=16)
+        assert "1 times the learning rate of its lora_A" in str(error)
+    wrong = failure(assert_optimizer_holds, equal, model, lr={"*": 1e-3}, loraplus_lr_ratio=16)
+    assert "wrong group" in str(wrong)
+
+
 def test_a_scheduler_that_has_begun_does_not_hide_the_declared_rate() -> None:
     model = adapted()
     optimizer = adamw(model, lr=1e-3)
