@@ -128,8 +128,10 @@ def judge_without_gpu(item: pytest.Item) -> bool:
 
 
 def _made(predicted: Any) -> MemoryPrediction | None:
-    made: MemoryPrediction | None = predicted() if callable(predicted) else predicted
-    return made
+    from pytest_lora.memory_assertions import prediction_of
+
+    made = predicted() if callable(predicted) else predicted
+    return None if made is None else prediction_of(made)
 
 
 # ---------------------------------------------------------------------- from one test to the next

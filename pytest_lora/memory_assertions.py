@@ -35,6 +35,7 @@ __all__ = [
     "judge_predicted",
     "limit_memory",
     "out_of_memory",
+    "prediction_of",
 ]
 
 Ceiling = str | int | Bound
@@ -62,7 +63,8 @@ def assert_gpu_memory(
 
     Raises:
         CheckFailed: it needs more (or runs out of memory), or a prediction is too close to call.
-        CannotRun: there is neither a GPU and a step, nor a prediction.
+        CannotRun: there is neither a GPU and a step, nor a prediction; or the step
+            allocates nothing on one.
         UsageError: the size cannot be read.
     """
     __tracebackhide__ = True
@@ -77,11 +79,24 @@ def assert_gpu_memory(
             "predicted=predict_memory(...)",
             missing=True,
         )
-    return judge_predicted(_prediction(predicted), ceiling, name)
+    return judge_predicted(prediction_of(predicted), ceiling, name)
 
 
-def _prediction(given: MemoryPrediction | Callable[[], MemoryPrediction]) -> MemoryPrediction:
-    return given() if callable(given) else given
+def prediction_of(given: MemoryPrediction | Callable[[], MemoryPrediction]) -> MemoryPrediction:
+    """A prediction as it is given: made already, or a function that makes it.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    from pytest_lora.memory.records import MemoryPrediction
+
+    made = given() if callable(given) else given
+    if not isinstance(made, MemoryPrediction):
+        raise UsageError(
+            f"predicted={made!r} is no prediction: give what predict_memory(...) returns, or a "
+            "function that returns it"
+        )
+    return made
 
 
 def _measured(
@@ -100,7 +115,9 @@ def _measured(
         if not is_out_of_memory(error):
             raise
         out_of_memory(taken, ceiling, name, error)
-    return judge_measured(taken, ceiling, name, predicted and _prediction(predicted))
+    return judge_measured(
+        taken, ceiling, name, None if predicted is None else prediction_of(predicted)
+    )
 
 
 def judge_measured(
@@ -112,10 +129,16 @@ def judge_measured(
     """Hold a measurement to a ceiling in bytes; emits the result.
 
     Raises:
+        CannotRun: nothing was allocated on any device, so that nothing can be judged.
         CheckFailed: the peak of allocated bytes exceeds the ceiling.
     """
     __tracebackhide__ = True
     from pytest_lora.checks.memory import of_measured
+
+    if not any(device.allocated for device in taken.devices):
+        raise CannotRun(
+            "nothing was allocated on any CUDA device: what was measured does not run there"
+        )
 
     return _judge("gpu_memory", name, of_measured(taken, predicted), ceiling)
 
@@ -214,9 +237,11 @@ def limit_memory(max_memory: str | int, *, name: str = "block") -> Iterator[Meas
     """The block makes at most ``max_memory`` of tensors that are alive at once, on any device.
 
     Exact and repeatable: live bytes of tensor storages, seen where operators make them; never the
-    process's resident memory.
+    process's resident memory.  Of tensors that other threads made, or a library that maps a file,
+    those count that are left at the end.
 
     Raises:
+        CannotRun: it made no tensor at all that could be seen.
         CheckFailed: it made more.
         UsageError: the size cannot be read.
     """
@@ -226,11 +251,21 @@ def limit_memory(max_memory: str | int, *, name: str = "block") -> Iterator[Meas
     ceiling = parse_bytes(max_memory)
     with measure_cpu_memory() as taken:
         yield taken
+    assert taken.peak is not None
+    if not taken.operators and not taken.unseen:
+        raise CannotRun(
+            "no operator of torch ran in the block on this thread and no tensor came of it, so "
+            "there is no memory to judge"
+        )
     measurement = Measurement(
         value=taken.allocated / GIB,
         unit="GiB of live tensors",
         count=1,
-        details={"bytes": taken.allocated, "notes": taken.peak.lines() if taken.peak else []},
+        details={
+            "bytes": taken.allocated,
+            "peak": taken.peak.to_dict(),
+            "notes": taken.lines()[1:],
+        },
     )
     _judge("limit_memory", name, measurement, ceiling)
 
@@ -300,6 +335,7 @@ def assert_no_memory_left(
         name: what the result is called in the report.
 
     Raises:
+        CannotRun: the cycle has nothing to do with tensors.
         CheckFailed: tensors are left; the message names the largest and who made them.
         UsageError: ``cycles`` is not a positive whole number.
     """

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.errors import UsageError
+from pytest_lora.names import meant
 from pytest_lora.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -61,6 +62,21 @@ def predict_memory_command(given: argparse.Namespace) -> int:
     return FITS_NOT if "DOES_NOT_FIT" in fits else TOO_CLOSE if "TOO_CLOSE" in fits else 0
 
 
+def _require_targets(given: argparse.Namespace, names: list[str]) -> None:
+    """Every name of ``--targets`` is a module's: PEFT is content if one of them is, and a name that
+    was mistyped would make the prediction smaller, without a word.
+    """
+    from pytest_lora.memory.predict import make_workload
+    from pytest_lora.memory.workload import make_base
+
+    workload = make_workload(given.model, None, dtype=given.dtype, batch=1, sequence=1)
+    there = [name for name, _ in make_base(workload, "meta").named_modules()]
+    known = sorted({name.rpartition(".")[2] for name in there if not name[-1:].isdigit()} - {""})
+    for wanted in names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in there):
+            raise UsageError(f"--targets: the model has no module {wanted!r}{meant(wanted, known)}")
+
+
 def _predict(given: argparse.Namespace, batch: int) -> MemoryPrediction:
     from pytest_lora.loading import quiet
     from pytest_lora.memory.predict import predict_memory
@@ -98,6 +114,8 @@ def _adapter(given: argparse.Namespace) -> Any:
         raise UsageError(f"--rank {given.rank} is not a positive whole number")
     names = [name.strip() for name in given.targets.split(",") if name.strip()]
     targets = "all-linear" if names == ["all-linear"] else names
+    if targets != "all-linear":
+        _require_targets(given, names)
     return LoraConfig(r=given.rank, target_modules=targets, use_dora=given.dora)
 
 

@@ -492,21 +492,18 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     if not _is_ours(item):
         return (yield)
-    from pytest_lora.gpu_tests import limited
+    from pytest_lora.gpu_tests import judge_without_gpu, limited
     from pytest_lora.running import showing_progress, watch
 
     with watch(item, "call"), showing_progress(item), limited(item):
+        if judge_without_gpu(item):
+            # Not by pytest_pyfunc_call, which methods of unittest and other plugins go around.
+            item.runtest = _judged_already  # type: ignore[method-assign]
         return (yield)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A test with a memory ceiling is judged by its prediction where there is no GPU."""
-    if pyfuncitem.get_closest_marker("limit_gpu_memory") is None:
-        return None
-    from pytest_lora.gpu_tests import judge_without_gpu
-
-    return judge_without_gpu(pyfuncitem) or None
+def _judged_already() -> None:
+    """The body of a test with a memory ceiling that its prediction has judged."""
 
 
 @pytest.hookimpl(wrapper=True)

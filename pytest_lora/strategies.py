@@ -15,6 +15,7 @@ a factor transposed or swapped does not show), and factors are not zero.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hypothesis import strategies as st
 
+from pytest_lora.errors import UsageError
 from pytest_lora.folders import FAULTS, AdapterFolder, Fault
 from pytest_lora.tiny_models import FAMILIES, adaptable_modules, build_model
 
@@ -229,13 +231,16 @@ def lora_configs(
     from peft import LoraConfig
 
     modules = adaptable_modules(model)
-    targets = fixed.get("target_modules") or draw(target_modules(model))
-    kinds = {modules.get(name, "linear") for name in targets}
+    if fixed.get("target_modules"):
+        targets = _targeted(modules, fixed["target_modules"])
+    else:
+        targets = draw(target_modules(model))
+    kinds = {modules[name] for name in targets}
     r = fixed.get("r") or _rank_for(draw, model, targets)
     options: dict[str, Any] = {
         "r": r,
         "lora_alpha": draw(alphas(r)),
-        "target_modules": targets,
+        "target_modules": list(targets),
         "bias": draw(biases()),
         "lora_dropout": draw(st.sampled_from([0.0, 0.1])),
         "init_lora_weights": draw(_initialisations_for(kinds, rewriting)),
@@ -248,6 +253,27 @@ def lora_configs(
     options["use_dora"] = plain and kinds <= {"linear", "conv1d"} and draw(st.booleans())
     options["use_rslora"] = plain and draw(st.booleans())  # else PEFT advises against patterns
     return LoraConfig(**{**options, **fixed})
+
+
+def _targeted(modules: Mapping[str, str], wanted: str | Sequence[str]) -> list[str]:
+    """Those of ``modules`` that PEFT would adapt for a value of ``target_modules``.
+
+    Raises:
+        UsageError: it would adapt none.
+    """
+    if wanted == "all-linear":
+        found = [name for name, kind in modules.items() if kind in ("linear", "conv1d")]
+    elif isinstance(wanted, str):
+        found = [name for name in modules if re.fullmatch(wanted, name)]
+    else:
+        ends = tuple(f".{name}" for name in wanted)
+        found = [name for name in modules if f".{name}".endswith(ends)]
+    if not found:
+        raise UsageError(
+            f"target_modules={wanted!r} names none of the modules that LoRA can adapt here: "
+            f"{', '.join(modules)}"
+        )
+    return found
 
 
 def _initialisations_for(kinds: set[str], rewriting: bool) -> st.SearchStrategy[bool | str]:

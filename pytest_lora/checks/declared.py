@@ -12,7 +12,7 @@ from pytest_lora.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Declared", "declare", "matches", "unwrapped"]
+__all__ = ["Declared", "declare", "matches", "require_busy", "unwrapped"]
 
 _TOKENS = "trainable_tokens_"
 
@@ -87,8 +87,22 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
-    """Whether a tensor's name fits one of the patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a tensor's name fits one of the patterns; a text is one pattern, not its letters."""
+    return any(fnmatchcase(name, pattern) for pattern in _each(patterns))
+
+
+def _each(patterns: Collection[str]) -> Collection[str]:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def require_busy(declared: Declared, idle: Collection[str]) -> None:
+    """Something of the adapter is left to judge.
+
+    Raises:
+        UsageError: ``idle`` takes all of it away.
+    """
+    if all(matches(name, idle) for name in declared.trainable):
+        raise UsageError(f"idle={idle!r} names all that trains, so nothing would be judged")
 
 
 def _adapter_name(
@@ -113,7 +127,7 @@ def _adapter_name(
 
 
 def _by_patterns(named: dict[str, torch.nn.Parameter], patterns: Collection[str]) -> set[int]:
-    for pattern in patterns:
+    for pattern in _each(patterns):
         if not any(fnmatchcase(name, pattern) for name in named):
             near = ", ".join(list(named)[:3])
             raise UsageError(f"trainable: {pattern!r} matches no parameter (there are {near}, ...)")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_lora.checks.declared import Declared, declare, matches, unwrapped
+from pytest_lora.checks.declared import Declared, declare, matches, require_busy, unwrapped
 from pytest_lora.checks.steps import GradientWatch, Stepper, filled, is_trainer, kept, seeded
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.numerics.fingerprint import Fingerprint, fingerprint_state, named_tensors
@@ -71,8 +71,11 @@ def measure_trains_only_adapter(
     Raises:
         UsageError: the request cannot be meant.
     """
+    if steps < 1:
+        raise UsageError(f"steps={steps}: after no step at all nothing can be judged")
     runner = Stepper(step, model)
     declared = declare(runner.model, adapter, trainable)
+    require_busy(declared, idle)
     problems = list(_wrong_flags(declared))
     before = fingerprint_state(declared.model)
     with GradientWatch(declared.trainable) as watch:
@@ -224,6 +227,7 @@ def measure_gradient_coverage(
     """
     runner = Stepper(step, model)
     declared = declare(runner.model, adapter, trainable)
+    require_busy(declared, idle)
     problems = list(_wrong_flags(declared))
     with kept(declared.trainable):
         seen, by_theory = _gradients(runner, declared)

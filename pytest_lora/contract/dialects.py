@@ -18,6 +18,7 @@ from pytest_lora.contract.methods import Method
 from pytest_lora.contract.networks import NETWORKS, Network
 from pytest_lora.contract.trial import Trial
 from pytest_lora.errors import NotApplicable, UsageError
+from pytest_lora.loading import one_line
 
 __all__ = ["FIRST", "Case", "Dialect", "OwnClass", "Peft", "load_implementation"]
 
@@ -385,10 +386,13 @@ def load_implementation(place: str) -> OwnClass:
         raise UsageError(f"--lora-contract takes package.module:Class, got {place!r}")
     try:
         cls: Any = importlib.import_module(module)
+    except Exception as error:  # whatever a module of the user's raises while it is imported
+        raise UsageError(
+            f"--lora-contract={place}: cannot import {module}: {one_line(error)}"
+        ) from error
+    try:
         for part in name.split("."):
             cls = getattr(cls, part)
-    except ImportError as error:
-        raise UsageError(f"--lora-contract={place}: cannot import {module}: {error}") from None
     except AttributeError:
         raise UsageError(f"--lora-contract={place}: {module} has no {name}") from None
     missing = [item for item in OPERATIONS[:2] if not callable(getattr(cls, item, None))]

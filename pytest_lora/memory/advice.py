@@ -27,6 +27,7 @@ _CASTS = (
 )
 _EAGER = "eager attention keeps its scores, {}: attn_implementation='sdpa'"
 _BASE = "the frozen base takes {}: load it in bfloat16 or in 4 bits (QLoRA)"
+_HALF_BASE = "the frozen base takes {}: load it in 4 bits (QLoRA)"
 _TRAINED = (
     "gradients and optimizer state take {}: a lower rank, fewer target modules, or an optimizer "
     "with less state"
@@ -45,14 +46,16 @@ def advice(peak: MemoryPeak, request: Mapping[str, Json] | None = None) -> list[
     training = _unless(known, "job", ("train_step",))
     checkpointed = not _unless(known, "checkpointing", ("off",))
     plain = _unless(known, "autocast", ("off",))
+    infers = "job" in known and known["job"] == "inference"
+    base = _HALF_BASE if known.get("dtype") in ("bfloat16", "float16") else _BASE
     options = (
         (held.get("forward", 0), training and not checkpointed, _CHECKPOINT),
-        (held.get("forward", 0), not training, _BATCH),
+        (held.get("forward", 0), infers, _BATCH),
         (held.get("logits", 0), True, _LOGITS),
         (_copies(peak), plain and _unless(known, "adapter_dtype", ("auto", "float32")), _COPIES),
         (_copies(peak), not plain and known.get("dtype") == "float32", _CASTS),
         (_scores(peak), _unless(known, "attention", ("eager",)), _EAGER),
-        (held.get("frozen", 0), _unless(known, "quantisation", ("none",)), _BASE),
+        (held.get("frozen", 0), _unless(known, "quantisation", ("none",)), base),
         (held.get("gradients", 0) + held.get("optimizer", 0), True, _TRAINED),
     )
     useful = [(size, text) for size, possible, text in options if possible and size > 0]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_lora.errors import UsageError
 from pytest_lora.loading import FORMATS, one_line, quiet
 from pytest_lora.memory.autocast import region
 from pytest_lora.memory.kernels import adapters_on_meta
@@ -29,6 +30,9 @@ from pytest_lora.memory.workload import (
     make_optimizer,
     training_step,
 )
+
+if TYPE_CHECKING:
+    from pytest_lora.memory.workload import Step
 
 __all__ = ["count", "fill_state", "generate"]
 
@@ -64,9 +68,19 @@ def _train_step(workload: Workload, counter: LiveBytes, device: str) -> None:
     with counter:
         for _ in range(1 if filled else 2):
             if workload.step is not None:
-                workload.step(model, optimizer, batches)
+                _own_step(workload.step, counter, model, optimizer, batches)
             else:
                 training_step(model, optimizer, batches, workload.clip, workload.autocast)
+
+
+def _own_step(step: Step, counter: LiveBytes, model: Any, optimizer: Any, batches: Any) -> None:
+    before = counter.operators
+    step(model, optimizer, batches)
+    if counter.operators == before:
+        raise UsageError(
+            "step(model, optimizer, batches) ran no operator on this thread, so there is no memory "
+            "to predict"
+        )
 
 
 def fill_state(optimizer: torch.optim.Optimizer) -> None:
@@ -128,6 +142,8 @@ def _load(workload: Workload, counter: LiveBytes, device: str) -> None:
     """
     from peft import set_peft_model_state_dict
 
+    if workload.adapter is None:
+        raise UsageError("job 'load' puts an adapter on its base: name the adapter")
     base = make_base(workload, device)
     _begin(counter, base, [])
     if getattr(workload.adapter, "is_prompt_learning", False):
@@ -141,10 +157,9 @@ def _load(workload: Workload, counter: LiveBytes, device: str) -> None:
         )
     with counter, torch.device(device), adapters_on_meta(), quiet():
         model = add_adapter(base, workload)
-        if workload.adapter is not None:
-            held = _file(model, workload)
-            file = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in held}
-            set_peft_model_state_dict(model, file)
+        held = _file(model, workload)
+        file = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in held}
+        set_peft_model_state_dict(model, file)
 
 
 def _file(model: Any, workload: Workload) -> list[tuple[str, Sequence[int], torch.dtype]]:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pytest_lora.errors import CannotRun
 from pytest_lora.memory.allocator import CachingAllocator
 from pytest_lora.memory.modules import ModuleNames
 from pytest_lora.memory.records import CATEGORIES, LargeTensor, MemoryPeak, Moment, grouped
@@ -34,7 +35,7 @@ from pytest_lora.memory.records import CATEGORIES, LargeTensor, MemoryPeak, Mome
 if TYPE_CHECKING:
     from pytest_lora.memory.shadows import Shadows
 
-__all__ = ["LiveBytes", "Workspaces", "exact", "further_tensors", "storages"]
+__all__ = ["LiveBytes", "Workspaces", "exact", "further_tensors", "storages", "vocabulary_of"]
 
 Op = Any
 """A ``torch._ops.OpOverload``."""
@@ -48,6 +49,15 @@ _PRODUCTS = frozenset(
     getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
 )
 """Operators that CUDA gives to cuBLAS."""
+_FRESH = aten.lift_fresh.default
+"""What ``torch.tensor`` and ``torch.from_numpy`` say of a tensor they have just made."""
+_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
 _LARGE = 1 << 16
 """Storages below 64 KiB are counted, but never listed."""
 
@@ -60,13 +70,33 @@ def exact(count: int) -> int:
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages beneath a tensor, those of a wrapper subclass's parts included."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        yield tensor.untyped_storage()
+    if flatten is not None:
+        parts = [getattr(tensor, name) for name in flatten()[0]]
+    elif tensor.layout in _SPARSE:
+        parts = [getattr(tensor, name)() for name in _SPARSE[tensor.layout]]
+    else:
+        yield _storage(tensor)
         return
-    for name in flatten()[0]:
-        part = getattr(tensor, name)
+    for part in parts:
         if isinstance(part, torch.Tensor):
             yield from storages(part)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # its memory is its library's own affair
+        raise CannotRun(
+            f"the memory of a tensor of layout {str(tensor.layout).removeprefix('torch.')} cannot "
+            "be counted: it has no storage that torch shows"
+        ) from None
+
+
+def vocabulary_of(config: Any) -> int | None:
+    """Last dimension of a model's logits; None where they are not one number per token."""
+    text = getattr(config, "get_text_config", lambda: config)()
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 @dataclass(slots=True, eq=False)
@@ -110,8 +140,10 @@ class LiveBytes(TorchDispatchMode):
         shadows: answers questions about integers' values, where given.
         vocabulary: last dimension by which logits are known.
         timeline: keep the bytes per category after every operator.
-        adopt: count storages that were never shown as ``outside``, that is not at all, when an
-            operator reads them, instead of when it returns a view of one.
+        adopt: of a block of anybody's: count storages that were never shown as ``outside``, that
+            is not at all, when an operator reads them, instead of when it returns a view of one;
+            leave out meta tensors, which take no memory; and learn from the models that run there
+            what their modules are called, what their logits are and what their gradients.
     """
 
     def __init__(
@@ -130,7 +162,7 @@ class LiveBytes(TorchDispatchMode):
         self.device, self.rounding, self.adopt = device, rounding, adopt
         self.workspaces, self.allocator, self.shadows = workspaces or {}, allocator, shadows
         self.vocabulary = vocabulary
-        self.modules = ModuleNames()
+        self.modules = ModuleNames(self._learn if adopt else None)
         self.live = self.operators = self.left_out = 0
         self.multiplying: set[bool] = set()
         """Whether products of matrices were seen in backward (True), outside it (False)."""
@@ -140,6 +172,8 @@ class LiveBytes(TorchDispatchMode):
         self._records: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._alive: dict[int, _Record] = {}
         self._outside: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._watched: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._peak = _Peak()
         self._optimizing = False
         self._hooks = ExitStack()
@@ -158,11 +192,22 @@ class LiveBytes(TorchDispatchMode):
         for name, parameter in module.named_parameters():
             category = "trainable" if parameter.requires_grad else "frozen"
             self.track(parameter, category, name)
-            if parameter.requires_grad and parameter.is_leaf:
-                handle = parameter.register_post_accumulate_grad_hook(self._gradient)
-                self._hooks.callback(handle.remove)
+        self._watch_gradients(module)
         for name, tensor in further_tensors(module):
             self.track(tensor, "frozen", name)
+
+    def _watch_gradients(self, module: torch.nn.Module) -> None:
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.is_leaf and parameter not in self._watched:
+                self._watched[parameter] = True
+                handle = parameter.register_post_accumulate_grad_hook(self._gradient)
+                self._hooks.callback(handle.remove)
+
+    def _learn(self, model: torch.nn.Module) -> None:
+        """What the labels of a model nobody has shown should be, when it is first called."""
+        self._watch_gradients(model)
+        if self.vocabulary is None:
+            self.vocabulary = vocabulary_of(getattr(model, "config", None))
 
     def track_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Count an optimizer's state, and the tables that those of bitsandbytes share."""
@@ -184,6 +229,14 @@ class LiveBytes(TorchDispatchMode):
                     if storage not in self._records:
                         self._outside[storage] = True
 
+    def _adopt(self, tree: Any) -> None:
+        """Do not count what an operator reads and nobody has shown: it was made out of sight."""
+        for tensor in tree_iter(tree):
+            if isinstance(tensor, torch.Tensor):
+                for storage in storages(tensor):
+                    if storage not in self._records:
+                        self._adopted[storage] = True
+
     def _gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             for storage in storages(parameter.grad):
@@ -194,7 +247,17 @@ class LiveBytes(TorchDispatchMode):
     # ---------------------------------------------------------------------------- the books
 
     def _counts(self, tensor: torch.Tensor) -> bool:
-        return self.device is None or tensor.device.type == self.device
+        if self.device is None:
+            return not (self.adopt and tensor.device.type == "meta")
+        return tensor.device.type == self.device
+
+    def unseen(self, tensor: torch.Tensor) -> int:
+        """Bytes of a tensor's storages that are neither in the books nor known as outside."""
+        if not self._counts(tensor):
+            return 0
+        parts = {id(part): part for part in storages(tensor)}.values()
+        new = [p for p in parts if p not in self._records and p not in self._outside]
+        return sum(self.rounding(part.nbytes()) for part in new)
 
     def _add(self, storage: torch.UntypedStorage, category: int, op: str, module: str) -> None:
         known = self._records.get(storage)
@@ -203,7 +266,7 @@ class LiveBytes(TorchDispatchMode):
             if known.bytes == count:
                 return
             self._drop(known)  # the storage was resized
-        elif storage in self._outside:
+        elif storage in self._outside or storage in self._adopted:
             return
         block = self.allocator.allocate(count) if self.allocator is not None else None
         size = self.rounding(count)
@@ -273,8 +336,8 @@ class LiveBytes(TorchDispatchMode):
         self, func: Op, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.adopt:
-            self.pass_over((args, kwargs))
+        if self.adopt and func is not _FRESH:
+            self._adopt((args, kwargs))
         if self.shadows is None:
             out = func(*args, **kwargs)
         else:
@@ -301,9 +364,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _category(self, tensor: torch.Tensor) -> int:
         phase = self.phase
-        if phase != "optimizer" and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
-            return _INDEX["logits"]
-        return _INDEX[phase]
+        if phase == "optimizer" or self.vocabulary is None:
+            return _INDEX[phase]
+        logits = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
+        return _INDEX["logits" if logits else phase]
 
     # ---------------------------------------------------------------------------- the block
 

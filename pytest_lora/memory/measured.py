@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,10 +73,15 @@ class MeasuredMemory:
     Attributes:
         devices: per device.
         peak: what was live at the peak and made by which operator, where that was counted.
+        operators: how many ran in the block, where that was counted; None elsewhere.
+        unseen: bytes of tensors that the block left and no operator of its thread made, as from a
+            file that was mapped or another thread; counted on the CPU as there all the time.
     """
 
     devices: tuple[DeviceMemory, ...] = ()
     peak: MemoryPeak | None = None
+    operators: int | None = None
+    unseen: int = 0
     _open: bool = field(default=True, repr=False)
 
     @property
@@ -100,7 +105,20 @@ class MeasuredMemory:
 
     def lines(self) -> list[str]:
         """The measurement in words, one fact a line."""
-        return [*map(str, self.devices), *(self.peak.lines() if self.peak else ())]
+        return [
+            *map(str, self.devices),
+            *(_unseen_lines(self.unseen)),
+            *(self.peak.lines() if self.peak else ()),
+        ]
+
+
+def _unseen_lines(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"{format_bytes(count)} of it in tensors that no operator of the block's thread made: of a "
+        "mapped file, another thread or another library"
+    ]
 
 
 def empty_caches() -> None:
@@ -161,7 +179,8 @@ def measure_gpu_memory(
         measured.devices = tuple(
             _end(device, *start) for device, start in zip(devices, before, strict=True)
         )
-        measured.peak = counter.peak if counter else None
+        if counter:
+            measured.peak, measured.operators = counter.peak, counter.operators
         measured._open = False
 
 
@@ -187,17 +206,53 @@ def measure_cpu_memory() -> Iterator[MeasuredMemory]:
 
     Tensors from before the block count nothing, also where views of them are made.  This is not the
     process's resident memory, which allocators and other libraries decide.
+
+    Operators are seen on the block's own thread.  What other threads make, or a library that maps a
+    file, is found where it is still there when the block ends, and then counts as if it had been
+    there throughout; where it is gone by then, nobody knows of it.
     """
     measured = MeasuredMemory()
-    counter = LiveBytes(adopt=True)
+    counter = _shown_what_is_there()
     try:
         with counter:
             yield measured
     finally:
-        peak = counter.peak
-        measured.devices = (DeviceMemory("cpu", peak.live, peak.live, 0, 0, counter.live),)
-        measured.peak = peak
+        peak, unseen = counter.peak, _unseen(counter)
+        total, after = peak.live + unseen, counter.live + unseen
+        measured.devices = (DeviceMemory("cpu", total, total, 0, 0, after),)
+        measured.peak, measured.operators, measured.unseen = peak, counter.operators, unseen
         measured._open = False
+
+
+def _shown_what_is_there() -> LiveBytes:
+    """A counter that knows all tensors of the process as not its own."""
+    counter = LiveBytes(adopt=True)
+    for tensor in _tensors():
+        with suppress(CannotRun):  # a kind that has no storage cannot be taken for a new one either
+            counter.pass_over(tensor)
+    return counter
+
+
+def _unseen(counter: LiveBytes) -> int:
+    """Bytes of the process's tensors that the counter knows nothing of."""
+    total = 0
+    for tensor in _tensors():
+        with suppress(CannotRun):
+            total += counter.unseen(tensor)
+            counter.pass_over(tensor)  # others may share its storage
+    return total
+
+
+def _tensors() -> Iterator[torch.Tensor]:
+    """All tensors that Python holds, their gradients included.
+
+    The type is asked, not the object: to ask some objects for their class is to load a library.
+    """
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor):
+            yield item
+            if item.requires_grad and item.is_leaf and item.grad is not None:
+                yield item.grad
 
 
 def measure_memory_left(cycle: Callable[[], object], *, cycles: int = 3) -> Measurement:
@@ -211,24 +266,31 @@ def measure_memory_left(cycle: Callable[[], object], *, cycles: int = 3) -> Meas
         more) with the operators and modules that made them.
 
     Raises:
+        CannotRun: the cycle has nothing to do with tensors.
         UsageError: ``cycles`` is not a positive whole number.
     """
-    if not isinstance(cycles, int) or cycles < 1:
+    if not isinstance(cycles, int) or isinstance(cycles, bool) or cycles < 1:
         raise UsageError(f"cycles {cycles!r} is not a positive whole number")
     cycle()
     gc.collect()
-    counter = LiveBytes(adopt=True)
+    counter = _shown_what_is_there()
     with counter:
         for _ in range(cycles):
             cycle()
             gc.collect()
+    unseen = _unseen(counter)
+    if not counter.operators and not unseen:
+        raise CannotRun(
+            "no operator of torch ran in the cycle on this thread and no tensor came of it, so "
+            "there was nothing to watch"
+        )
     return Measurement(
-        value=counter.live,
+        value=counter.live + unseen,
         unit=f"bytes of tensors left by {cycles} cycles",
         count=cycles,
         details={
             "left": [asdict(tensor) for tensor in counter.left()],
-            "notes": [f"left: {tensor}" for tensor in counter.left()],
+            "notes": [*_unseen_lines(unseen), *(f"left: {tensor}" for tensor in counter.left())],
         },
     )
 

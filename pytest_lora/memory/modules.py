@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -23,9 +24,14 @@ class ModuleNames:
 
     A label, not a measurement: where autograd runs a checkpointed block again in a thread of its
     own (CUDA), numbers of two threads can coincide and the name may be another block's.
+
+    Args:
+        called: told of every model that nobody has shown, when it is first called; its modules are
+            learned then.  Without it such modules go by their class.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, called: Callable[[torch.nn.Module], None] | None = None) -> None:
+        self._called = called
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._stack: list[torch.nn.Module] = []
         self._numbers: list[int] = []
@@ -58,6 +64,9 @@ class ModuleNames:
         self._owners.append(self._name(self._stack[-1]) if self._stack else "")
 
     def _enter(self, module: torch.nn.Module, _inputs: Any) -> None:
+        if self._called is not None and not self._stack and module not in self._names:
+            self.learn(module)
+            self._called(module)
         self._stack.append(module)
         self._mark()
 

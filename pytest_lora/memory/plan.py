@@ -27,6 +27,10 @@ __all__ = ["DEFAULTS", "MemoryPlan"]
 DEFAULTS: Mapping[str, Any] = {"batch": 1, "sequence": 1024}
 """What is done where nothing is said.  An example, not advice: say what your jobs do."""
 _ONLY = {
+    "train_step": (
+        "batch", "sequence", "accumulation", "optimizer", "checkpointing", "quantisation",
+        "padding", "attention", "autocast"
+    ),
     "inference": (
         "batch", "sequence", "new_tokens", "padding", "attention", "quantisation", "autocast"
     ),
@@ -64,13 +68,13 @@ class MemoryPlan:
         """
         spec = spec_for(self.base, self.adapter, device="cpu", dtype=self.dtype)
         words = {**DEFAULTS, **self.workload}
-        taken = _ONLY.get(job)
+        taken = _ONLY[job]
         return make_workload(
             _config(spec, self.adapter),
             self.adapter,
             job=job,
             dtype=spec.dtype or _stored(spec.path),
-            **{key: value for key, value in words.items() if taken is None or key in taken},
+            **{key: value for key, value in words.items() if key in taken},
         )
 
     def predict(self, job: str) -> MemoryPrediction:

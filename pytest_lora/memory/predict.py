@@ -138,7 +138,7 @@ def predict_workload(
     timeline: bool = False,
 ) -> MemoryPrediction:
     """The same for a workload that has been made already."""
-    if not 0 <= margin < 1:
+    if not isinstance(margin, int | float) or not 0 <= margin < 1:
         raise UsageError(f"margin {margin!r} is not a share between 0 and 1")
     started = time.process_time()
     found = _shallow(workload, card) if extrapolate else None
@@ -245,8 +245,10 @@ def make_workload(
         raise UsageError("dtype: a prediction needs a format, not auto, as in dtype='bfloat16'")
     if job in ("train_step", "inference") and (batch is None or sequence is None):
         raise UsageError(f"the memory of a {job} depends on batch and sequence: give both")
-    how = checkpointing if isinstance(checkpointing, str) else _CHECKPOINTING[checkpointing]
-    return Workload(
+    how = checkpointing if isinstance(checkpointing, str) else _CHECKPOINTING.get(checkpointing)
+    if how is None:
+        raise UsageError(f"checkpointing {checkpointing!r} is neither True nor False, nor its kind")
+    workload = Workload(
         config=read_config(model),
         adapter=read_adapter_config(adapter),
         file=_tensors_of(adapter),
@@ -259,6 +261,25 @@ def make_workload(
         checkpointing=how,
         **others,
     )
+    _require_used(workload)
+    return workload
+
+
+_UNUSED: Mapping[str, object] = {
+    "checkpointing": "", "accumulation": 1, "clip": None, "optimizer": "adamw", "step": None
+}  # fmt: skip
+"""What belongs to training alone, and its value where nothing is said."""
+
+
+def _require_used(workload: Workload) -> None:
+    """What is asked for must count: a number that ignores it would be that of something else."""
+    unused = {} if workload.job == "train_step" else dict(_UNUSED)
+    if workload.job != "inference":
+        unused["new_tokens"] = 0
+    for name, plain in unused.items():
+        if getattr(workload, name) != plain:
+            owner = "inference" if name == "new_tokens" else "train_step"
+            raise UsageError(f"{name} belongs to job={owner!r}, not to {workload.job!r}")
 
 
 def _half(autocast: str | torch.dtype) -> torch.dtype:

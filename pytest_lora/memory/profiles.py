@@ -93,6 +93,8 @@ def find_profile(name: str | GpuProfile) -> GpuProfile:
     """
     if isinstance(name, GpuProfile):
         return name
+    if not isinstance(name, str):
+        raise UsageError(f"a GPU profile is a name or a GpuProfile, not {name!r}")
     wanted = CLASSES.get(name.lower(), name.lower())
     if wanted not in PROFILES:
         known = [*PROFILES, *CLASSES]

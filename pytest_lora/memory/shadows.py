@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pytest_lora.errors import UsageError
 from pytest_lora.memory.patching import replaced
 from pytest_lora.memory.records import NotPredictable
 
 __all__ = ["Shadows"]
 
+_LOOK_UP = torch.ops.aten.embedding.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 LIMIT = 1 << 20
 """Elements up to which a copy is kept: masks of a batch, not tensors of a model."""
@@ -65,7 +67,10 @@ class Shadows:
 
         Raises:
             NotPredictable: a value is asked for that nobody knows.
+            UsageError: a row of a table is asked for that it has not.
         """
+        if func is _LOOK_UP:
+            self._in_range(*args[:2])
         given = [item for item in tree_iter((args, kwargs)) if isinstance(item, torch.Tensor)]
         if func is _ITEM:
             return self._answer(func, given[0])
@@ -91,6 +96,18 @@ class Shadows:
             f"shape {list(tensor.shape)}, which a prediction does not have; what memory it takes "
             "depends on that value"
         )
+
+    def _in_range(self, table: torch.Tensor, rows: torch.Tensor) -> None:
+        """A device stops at an index beyond a table; without one nobody would notice."""
+        known = self._values.get(rows)
+        if known is None or not known.numel():
+            return
+        for row in (int(known.min()), int(known.max())):
+            if not 0 <= row < table.shape[0]:
+                raise UsageError(
+                    f"the batch asks for row {row} of a table that has {table.shape[0]}: a longer "
+                    "sequence than the model has positions, or token ids beyond its vocabulary"
+                )
 
     def _known(self, tensor: torch.Tensor) -> bool:
         return tensor in self._values or tensor.device.type != "meta"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pytest_lora.errors import CannotRun, UsageError
+from pytest_lora.loading import one_line
 from pytest_lora.memory.allocator import CachingAllocator, round_up
 from pytest_lora.memory.autocast import Autocast
 from pytest_lora.memory.jobs import count
@@ -21,6 +23,7 @@ from pytest_lora.memory.kernels import (
     optimizers_on_meta,
 )
 from pytest_lora.memory.livebytes import LiveBytes, exact
+from pytest_lora.memory.records import NotPredictable
 from pytest_lora.memory.shadows import Shadows
 from pytest_lora.memory.workload import Workload
 
@@ -68,7 +71,17 @@ def _trace(
     with ExitStack() as stack:
         for patch in (counter.shadows.constants(), *patches):
             stack.enter_context(patch)
-        count(workload, counter, "meta")
+        try:
+            count(workload, counter, "meta")
+        except (CannotRun, UsageError):  # in our own words already
+            raise
+        except Exception as error:  # whatever torch, transformers or PEFT raise without a device
+            if workload.step is not None:
+                raise  # it is the user's own code, whose traceback says more
+            raise NotPredictable(
+                f"this {workload.job.replace('_', ' ')} cannot be traced without a device: "
+                f"{one_line(error)}"
+            ) from error
     return counter
 
 

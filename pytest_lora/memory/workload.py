@@ -18,6 +18,7 @@ from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.loading import _dtype_keyword, base_config, one_line, quiet
 from pytest_lora.memory import paged
 from pytest_lora.memory.autocast import HALF, region
+from pytest_lora.memory.livebytes import vocabulary_of
 from pytest_lora.memory.records import NotPredictable
 from pytest_lora.records import Json
 from pytest_lora.safetensors_header import TensorInfo
@@ -103,17 +104,25 @@ class Workload:
     def __post_init__(self) -> None:
         for name in ("batch", "sequence", "accumulation"):
             count = getattr(self, name)
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise UsageError(f"{name} {count!r} is not a positive whole number")
         if not isinstance(self.new_tokens, int) or self.new_tokens < 0:
             raise UsageError(f"new_tokens {self.new_tokens!r} is not a whole number, 0 or more")
+        if self.clip is not None and not _is_positive(self.clip):
+            raise UsageError(f"clip {self.clip!r} is not a positive number")
         if self.autocast not in (None, *HALF):
             raise UsageError(f"autocast {_name(self.autocast)!r} is neither bfloat16 nor float16")
         _one_of("job", self.job, JOBS)
         _one_of("padding", self.padding, PADDINGS)
         _one_of("checkpointing", self.checkpointing, CHECKPOINTING)
+        if self.task:
+            _one_of("task", self.task, (*_TASKS, "FEATURE_EXTRACTION"))
         if isinstance(self.optimizer, str):
             _one_of("optimizer", self.optimizer, (*OPTIMIZERS, *paged.OPTIMIZERS))
+        elif not callable(self.optimizer):
+            raise UsageError(f"optimizer {self.optimizer!r} is neither a name nor a function")
+        if self.inputs is not None:
+            _require_tensors(self.inputs)
 
     @property
     def model_task(self) -> str:
@@ -130,9 +139,7 @@ class Workload:
     @property
     def vocabulary(self) -> int | None:
         """Last dimension of the logits; None where they are not one number per token."""
-        text = getattr(self.config, "get_text_config", lambda: self.config)()
-        size = getattr(text, "vocab_size", None)
-        return size if isinstance(size, int) else None
+        return vocabulary_of(self.config)
 
     def of_depth(self, layers: int) -> Workload:
         """The same for a model of ``layers`` layers."""
@@ -182,6 +189,16 @@ def _plain(value: Any) -> Json:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and number > 0
+
+
+def _require_tensors(inputs: object) -> None:
+    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        raise UsageError("inputs= takes a batch as the model does: a mapping from names to tensors")
 
 
 def _one_of(what: str, given: str, known: Sequence[str]) -> None:
@@ -435,7 +452,10 @@ def training_step(
     """
     for batch in batches:
         with region(batch, autocast):
-            loss = model(**batch).loss / len(batches)
+            loss = getattr(model(**batch), "loss", None)
+            if loss is None:
+                raise UsageError("the model gives no loss on this batch: does it have labels?")
+            loss = loss / len(batches)
         loss.backward()
         del loss
     if clip is not None:

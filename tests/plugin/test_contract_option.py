@@ -132,11 +132,13 @@ def test_hypothesis_profiles_and_seeds_do_what_they_do_elsewhere(project: pytest
         ("=nowhere.at.all:Class", "cannot import nowhere.at.all"),
         ("=test_mine", "package.module:Class after a = sign"),
         ("=json:JSONDecoder", "attach, factors"),
+        ("=broken_module:MyLora", "cannot import broken_module: ZeroDivisionError"),
     ],
 )
 def test_a_class_that_cannot_be_had_is_one_line(
     project: pytest.Pytester, value: str, says: str
 ) -> None:
+    project.makepyfile(broken_module="1 // 0")
     result = run(project, f"--lora-contract{value}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert says in result.stderr.str()

@@ -47,10 +47,25 @@ def test_without_a_gpu_the_prediction_is_judged_and_the_body_left_alone(
     @pytest.mark.limit_gpu_memory("1025 MiB", predicted=predicted)
     def test_too_close():
         pass
+
+    import unittest
+
+    class TestOfUnittest(unittest.TestCase):
+        @pytest.mark.limit_gpu_memory("2 GiB", predicted=predicted)
+        def test_fits(self):
+            raise AssertionError("a body for a GPU ran without one")
+
+        @pytest.mark.limit_gpu_memory("1 MiB", predicted=predicted)
+        def test_does_not_fit_either(self):
+            pass
+
+        @pytest.mark.limit_gpu_memory("2 GiB")
+        def test_needs_a_gpu(self):
+            pass
     """
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
-    result.assert_outcomes(passed=1, failed=2)
+    result.assert_outcomes(passed=2, failed=3, skipped=1)
     result.stdout.fnmatch_lines(
         ["gpu_memory FAILED for *test_does_not_fit: 1 GiB of GPU memory, predicted*"]
     )

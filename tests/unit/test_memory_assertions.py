@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 
 import memory_cases as cases  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402
 
 from pytest_lora.errors import CannotRun, CheckFailed, UsageError  # noqa: E402
 from pytest_lora.memory.advice import advice  # noqa: E402
@@ -24,6 +26,7 @@ from pytest_lora.memory.measured import (  # noqa: E402
     is_out_of_memory,
     measure_cpu_memory,
     measure_gpu_memory,
+    measure_memory_left,
 )
 from pytest_lora.memory.predict import predict_memory  # noqa: E402
 from pytest_lora.memory.records import MemoryPrediction  # noqa: E402
@@ -148,6 +151,93 @@ def test_an_error_in_the_block_is_the_blocks_own() -> None:
     assert block.allocated == 0
 
 
+def test_a_block_names_logits_gradients_and_modules_and_what_helps() -> None:
+    """Of a model that nobody has shown, as in a test of a trainer."""
+    model = LlamaForCausalLM(cases.llama())
+    ids = torch.arange(256).view(2, 128)
+    with measure_cpu_memory() as block:
+        for _ in range(2):  # the peak is in the loss, where the first pass has no gradient yet
+            model(input_ids=ids, labels=ids).loss.backward()
+    assert block.peak is not None
+    assert block.peak.by_category["logits"] >= 256 * 4 * model.config.vocab_size
+    assert block.peak.by_category["gradients"] > 0
+    assert any(tensor.module.startswith("model.layers.") for tensor in block.peak.largest)
+    model.zero_grad()
+    with pytest.raises(CheckFailed, match="logits take"), limit_memory("1 KiB"):
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_tensors_without_memory_are_not_counted() -> None:
+    with limit_memory("8 B") as block:
+        kept = (torch.empty(1000, device="meta") + 1, torch.ones(2))
+    assert block.allocated == kept[1].nbytes
+
+
+def test_tensors_made_from_python_and_numpy_are_counted() -> None:
+    numpy = pytest.importorskip("numpy")
+    with limit_memory("1000 B") as block:
+        kept = (torch.tensor([1.0] * 100), torch.from_numpy(numpy.ones(75)))
+    assert block.allocated == sum(tensor.nbytes for tensor in kept) == 1000
+
+
+def test_sparse_tensors_are_their_parts_and_opaque_ones_are_named() -> None:
+    dense = torch.eye(5)
+    with limit_memory("1 MiB") as block:
+        kept = dense.to_sparse()
+    assert block.devices[0].allocated_after == kept.values().nbytes + kept.indices().nbytes
+    with pytest.raises(CannotRun, match="layout _mkldnn"), limit_memory("1 MiB"):
+        dense.to_mkldnn()
+
+
+def elsewhere(make: Any) -> None:
+    """Run in another thread, where no mode sees what is made, as loaders do."""
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+
+
+def test_what_another_thread_left_is_counted_as_there_throughout() -> None:
+    kept: list[Any] = []
+    with limit_memory("420 B") as block:
+        elsewhere(lambda: kept.append(torch.ones(100)))
+        torch.ones(5)
+    assert (block.allocated, block.unseen) == (420, 400)
+    with pytest.raises(CheckFailed, match="no operator of the block's thread"):  # noqa: SIM117
+        with limit_memory("399 B"):
+            elsewhere(lambda: kept.append(torch.ones(100)))
+
+
+def test_what_was_there_before_is_not_taken_for_left_by_another_thread() -> None:
+    layer = torch.nn.Linear(3, 3)
+    layer(torch.ones(1, 3)).sum().backward()
+    before = torch.ones(4)
+    with limit_memory("1 MiB") as block:
+        looked_at = (layer.weight.grad, before.view(2, 2), torch.ones(1))
+    assert block.unseen == 0
+    assert block.devices[0].allocated_after == looked_at[2].nbytes
+
+
+def test_a_block_without_tensors_is_not_judged() -> None:
+    with pytest.raises(CannotRun, match="no operator"), limit_memory("1 GiB"):
+        pass
+    with pytest.raises(CannotRun, match="no operator"):
+        assert_no_memory_left(lambda: None)
+
+
+def test_a_step_that_takes_nothing_of_a_gpu_is_not_judged() -> None:
+    taken = MeasuredMemory((DeviceMemory("cuda:0", 0, 0, 100, 200, 0),))
+    taken._open = False
+    with pytest.raises(CannotRun, match="nothing was allocated on any CUDA device"):
+        judge_measured(taken, MIB)
+
+
+@NO_GPU
+@pytest.mark.parametrize("predicted", [3, "24gb", lambda: None])
+def test_what_is_no_prediction_is_named(predicted: Any) -> None:
+    with pytest.raises(UsageError, match="is no prediction"):
+        assert_gpu_memory(max_memory="1 GiB", predicted=predicted)
+
+
 class Cards:
     """Stands for two devices, of which only the first is in use by this process."""
 
@@ -217,7 +307,23 @@ def test_a_tensor_kept_is_a_leak_with_its_maker() -> None:
     assert "2 x " in str(result.measurement.notes)
 
 
-@pytest.mark.parametrize("cycles", [0, 1.5])
+def test_a_model_kept_that_was_read_from_a_file_is_a_leak(tmp_path: Path) -> None:
+    """No operator makes its weights: other threads map the file."""
+    kept: list[Any] = []
+    model = LlamaForCausalLM(cases.llama())
+    model.save_pretrained(tmp_path)
+
+    def cycle() -> None:
+        kept.append(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+    with pytest.raises(CheckFailed, match="no operator of the block's thread"):
+        assert_no_memory_left(cycle, cycles=2)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert measure_memory_left(cycle, cycles=2).value >= 2 * size
+    assert assert_no_memory_left(lambda: AutoModelForCausalLM.from_pretrained(tmp_path)).value == 0
+
+
+@pytest.mark.parametrize("cycles", [0, 1.5, True])
 def test_cycles_are_counted(cycles: Any) -> None:
     with pytest.raises(UsageError, match="cycles"):
         assert_no_memory_left(lambda: None, cycles=cycles)

@@ -156,12 +156,68 @@ def test_a_step_under_autocast_of_another_device_is_refused_by_name() -> None:
         ({"dtype": "bf8"}, "bf8"),
         ({"batch": 0}, "batch 0 is not a positive whole number"),
         ({"accumulation": -1}, "accumulation -1"),
+        ({"batch": True}, "batch True is not a positive whole number"),
         ({"margin": 1.5}, "margin 1.5"),
+        ({"margin": "5%"}, "margin '5%' is not a share"),
+        ({"checkpointing": None}, "checkpointing None"),
+        ({"profile": None}, "not None"),
+        ({"clip": 0}, "clip 0 is not a positive number"),
+        ({"clip": "1"}, "clip '1' is not a positive number"),
+        ({"task": "CAUSAL"}, "task 'CAUSAL' is none of"),
+        ({"optimizer": None}, "optimizer None is neither a name nor a function"),
+        ({"inputs": 3}, "a mapping from names to tensors"),
+        ({"inputs": {"input_ids": [[1]]}}, "a mapping from names to tensors"),
+        ({"inputs": {"input_ids": torch.ones(1, 4, dtype=torch.long)}}, "does it have labels"),
+        ({"new_tokens": 4}, "new_tokens belongs to job='inference', not to 'train_step'"),
+        ({"job": "merge", "new_tokens": 4}, "new_tokens belongs to job='inference'"),
+        ({"job": "inference", "checkpointing": True}, "checkpointing belongs to job='train_step'"),
+        ({"job": "load", "optimizer": "sgd"}, "optimizer belongs to job='train_step'"),
+        ({"job": "inference", "clip": 1.0}, "clip belongs to job='train_step'"),
     ],
 )
 def test_arguments_that_cannot_be_meant(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         predict(**options)
+
+
+def test_a_load_needs_an_adapter() -> None:
+    with pytest.raises(UsageError, match="name the adapter"):
+        predict_memory(cases.llama(), None, job="load")
+
+
+def _few_positions() -> Any:
+    from transformers import GPT2Config
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
+    return GPT2Config(**sizes, n_positions=16, bos_token_id=0, eos_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "rows"),
+    [
+        (_few_positions, {"sequence": 20}, "row 19 of a table that has 16"),
+        (cases.llama, {"inputs": {"input_ids": torch.tensor([[-1]])}}, "row -1 of a table"),
+    ],
+)
+def test_rows_a_table_has_not_are_asked_for_in_vain(
+    config: Any, options: dict[str, Any], rows: str
+) -> None:
+    """A device stops there; without one the prediction would be that of a step nobody can run."""
+    adapter = cases.lora(target_modules="all-linear")
+    with pytest.raises(UsageError, match=rows):
+        predict(config(), adapter, **options)
+
+
+def test_a_step_that_does_nothing_has_no_memory_to_predict() -> None:
+    with pytest.raises(UsageError, match="ran no operator"):
+        predict(step=lambda model, optimizer, batches: None)
+
+
+def test_what_does_not_run_without_a_device_is_refused_by_name() -> None:
+    with pytest.raises(NotPredictable, match="cannot be traced without a device"):
+        predict(attention="flex_attention")
+    with pytest.raises(ZeroDivisionError):  # the user's own code keeps its own traceback
+        predict(step=lambda model, optimizer, batches: 1 // 0)
 
 
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:

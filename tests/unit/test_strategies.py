@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +139,23 @@ def test_peft_accepts_every_configuration_and_the_model_runs(
 def test_fixed_keys_are_not_drawn() -> None:
     config = find(lora_configs(BUILT["llama"], r=3, bias="none"), lambda _: True)
     assert (config.r, config.bias) == (3, "none")
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [("llama", "all-linear"), ("llama", ["q_proj"]), ("gpt2", ".*c_attn"), ("cnn", ["grouped"])],
+)
+def test_targets_may_be_named_as_peft_lets_them(family: str, wanted: Any) -> None:
+    config = find(lora_configs(BUILT[family], target_modules=wanted), lambda _: True)
+    with quiet():
+        adapted = peft.get_peft_model(build_model(family), config)
+    assert any("lora_A" in name for name, _ in adapted.named_parameters())
+    assert config.fan_in_fan_out == (family == "gpt2")
+
+
+def test_targets_that_are_not_there_are_named() -> None:
+    with pytest.raises(UsageError, match="names none of the modules"):
+        find(lora_configs(BUILT["llama"], target_modules=["q_porj"]), lambda _: True)
 
 
 def test_targets_can_be_of_one_kind() -> None:

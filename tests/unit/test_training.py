@@ -58,6 +58,29 @@ def problems(error: CheckFailed) -> dict[str, str]:
 # --------------------------------------------------------------------------- trains only adapter
 
 
+def test_a_text_is_one_pattern_and_not_its_letters() -> None:
+    """``*`` is among the letters of most patterns, and names everything."""
+    model = adapted()
+    model.requires_grad_(False)  # so that nothing moves
+    found = failure(assert_trains_only_adapter, lambda _: 0.0, model, idle="*.layers.1.*")
+    there = problems(found)
+    assert A0 in there
+    assert "did not move" in str(found)
+    assert_gradient_coverage(backward, adapted(), trainable="*.lora_?.*")
+
+
+@pytest.mark.parametrize("idle", ["*", ["*lora_A*", "*lora_B*"]])
+def test_what_leaves_nothing_to_judge_is_refused(idle: Any) -> None:
+    for check in (assert_trains_only_adapter, assert_gradient_coverage):
+        with pytest.raises(UsageError, match="nothing would be judged"):
+            check(backward, adapted(), idle=idle)
+
+
+def test_no_step_is_no_training() -> None:
+    with pytest.raises(UsageError, match="steps=0"):
+        assert_trains_only_adapter(backward, adapted(), steps=0)
+
+
 def test_a_sound_loop_moves_the_adapter_and_nothing_else() -> None:
     model = adapted()
     with collecting() as results:
