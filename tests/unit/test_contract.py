@@ -986,6 +986,8 @@ def test_a_known_deviation_is_reported_as_such_and_missed_when_it_is_gone(
     assert (gone.result, gone.known, gone.missed) == (Result.PASS, (), ("it is so",))
     assert not any("is it mended" in line for line in summary([known, gone]))
     assert any("is it mended" in line for line in summary([gone]))
+    [_, told] = summary([gone], quick=True)
+    assert "1 more; ask with --lora-contract-depth=full" in told
 
 
 # ------------------------------------------------------------------------------ the table
