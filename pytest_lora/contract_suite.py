@@ -140,6 +140,6 @@ class ContractPlugin:
         order = {(cell.method, cell.law): place for place, cell in enumerate(self.cells)}
         self.verdicts.sort(key=lambda verdict: order[verdict.method, verdict.law])
         terminalreporter.write_sep("=", "LoRA contract")
-        quick = self.depth == "quick" and not self.config.getoption(PROFILE_OPTION, None)
+        quick = self.depth == QUICK and not self.config.getoption(PROFILE_OPTION, None)
         for line in (*table_lines(self.verdicts), "", *summary(self.verdicts, quick=quick)):
             terminalreporter.write_line(line)

@@ -21,6 +21,7 @@ from example import ROOT
 from hypothesis import Phase, settings
 from stack import since
 
+from pytest_lora import fresh
 from pytest_lora.contract.cells import (
     Cell,
     Result,
@@ -531,10 +532,16 @@ def cell(law: str, dialect: Peft = LORA) -> Cell:
 @since("has faults that the contract finds", peft=(0, 21))
 @pytest.mark.parametrize("law", law_ids())
 def test_plain_lora_of_the_installed_peft_keeps_each_law_or_deviates_in_a_known_way(
-    law: str,
+    law: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    jobs: list[Path] = []
+    serve = fresh._on_server
+    monkeypatch.setattr(
+        fresh, "_on_server", lambda *given: (jobs.append(given[0]), serve(*given))[1]
+    )
     verdict = try_cell(cell(law), examples=1 if law in IN_FRESH_PROCESSES else 3)
     assert verdict.result in (Result.PASS, Result.KNOWN), verdict
+    assert bool(jobs) is (law in IN_FRESH_PROCESSES)
 
 
 def test_a_peft_that_saves_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
