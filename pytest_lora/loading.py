@@ -542,8 +542,10 @@ def _is_language_model(model: Any) -> bool:
 
 
 def _brought_by(adapter: Adapter | None) -> set[str]:
-    prefix = "base_model.model."
-    return {name.removeprefix(prefix) for name in adapter.tensors} if adapter else set()
+    """Names of the base's tensors as the adapter's file may have them, by either prefix."""
+    prefixes = ("base_model.model.", "base_model.")
+    names = adapter.tensors if adapter else ()
+    return {name.removeprefix(prefix) for name in names for prefix in prefixes}
 
 
 def _fill(model: Any, names: Sequence[str]) -> None:

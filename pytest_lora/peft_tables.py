@@ -81,6 +81,11 @@ class Method:
         """Whether it adapts modules named by ``target_modules``."""
         return "target_modules" in self.keys.split()
 
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether it wraps no modules, so that the base's names begin at ``base_model.``."""
+        return "num_virtual_tokens" in self.keys.split()
+
 
 METHODS: Mapping[str, Method] = {
     "PROMPT_TUNING": Method(

@@ -22,7 +22,7 @@ from pytest_lora.checks.base_shapes import BaseModule, BaseShapes
 from pytest_lora.checks.deltas import kind_of
 from pytest_lora.checks.tensor_names import explain_names, is_vocabulary
 from pytest_lora.errors import CannotRun
-from pytest_lora.loading import one_line, resolve_base
+from pytest_lora.loading import one_line, resolve_base, weight_headers
 from pytest_lora.patterns import PatternError, layer_index, matching_key, names_match
 from pytest_lora.peft_tables import HEADS, METHODS
 from pytest_lora.records import Measurement, Problem
@@ -39,6 +39,7 @@ _CONFIG = "adapter_config.json"
 _GIVE_BASE = "give the base model the adapter was trained on: --lora-base-model=PATH"
 _OWN_TARGETS = ("ADAPTION_PROMPT", "SHADOW", "UNILORA", "XLORA")
 """Methods that read ``target_modules`` in a way of their own."""
+_ALL_HEADS = tuple(sorted({name for names in HEADS.values() for name in names}))
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -50,7 +51,8 @@ def measure_base_compatibility(
     Args:
         adapter: the adapter; only its configuration and its tensors' shapes are looked at.
         base: directory or hub id of the base (None: the one the adapter names), of which only the
-            configuration is read; or a model, of which only the modules are looked at.
+            configuration and the names of its weights are read; or a model, of which only the
+            modules are looked at.
 
     Returns:
         ``count``: tensors and patterns looked at.  A base that most tensors do not fit is one
@@ -70,6 +72,8 @@ def measure_base_compatibility(
     if not fit.misfits:
         fit.check_patterns()
         fit.ask_peft()
+    if not fit.problems:
+        fit.check_head(source)
     fit.check_origin(source)
     return Measurement.of_problems(
         fit.problems,
@@ -434,6 +438,33 @@ class _Fit:
                 break
 
     # -------------------------------------------------------------------------- origin
+
+    def check_head(self, source: Path | None) -> None:
+        """A task's head has values in the adapter or in the base; else every load draws others."""
+        if source is None:
+            return
+        try:
+            stored = {name for header in weight_headers(source) for name in header.tensors}
+        except CannotRun:
+            return  # no weights to look at; whoever loads the base says so
+        heads = HEADS.get(self.adapter.task_type or "", _ALL_HEADS)
+        there = {
+            head: home.name
+            for home in self.base.modules.values()
+            for head in heads
+            if home.shapes and head in home.name.split(".")
+        }
+        brought = {key for key in self.adapter.tensors if "lora_" not in key}
+        for head, name in there.items():
+            if not any(head in key.split(".") for key in (*stored, *brought)):
+                self.problems.append(
+                    Problem(
+                        name,
+                        "neither the base's weights nor the adapter have values for it",
+                        "the values it was trained with, or beside",
+                        f"train it and save it with the adapter (modules_to_save=[{head!r}])",
+                    )
+                )
 
     def check_origin(self, source: Path | None) -> None:
         """The recorded base model and revision against the ones that were used."""

@@ -37,7 +37,15 @@ NOISE = 0.5
 FLOOR = 0.02
 SEED = 4711
 
-REFUSALS = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+REFUSALS = (
+    AttributeError,
+    KeyError,
+    NameError,  # a name that is set on another path only
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

@@ -178,7 +178,8 @@ def _is_whole_embedding(tensor: NamedTensor, adapted: set[str], *, resized: bool
 
 
 def _explain(adapter: Adapter, key: str, info: TensorInfo, saved: tuple[str, ...]) -> NamedTensor:
-    path = key.removeprefix(BASE_PREFIX)
+    prompts = METHODS[adapter.peft_type].learns_prompts
+    path = key.removeprefix("base_model." if prompts else BASE_PREFIX)
     lora = adapter.peft_type == "LORA"
     module, factor = split_key(key) if lora else ("", "")
     if factor:

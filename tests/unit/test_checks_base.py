@@ -14,6 +14,7 @@ import tiny
 import torch
 import transformers
 from peft.tuners import tuners_utils
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pytest_lora.adapter import Adapter, read_adapter
@@ -113,6 +114,47 @@ def test_gpt2_convolutions_and_classifiers(tmp_path: Path) -> None:
     measured = measure_base_compatibility(adapter, tmp_path / "gpt2")
     assert measured.problems == ()
     assert str(measured.details["base"]).startswith("GPT2ForSequenceClassification")
+
+
+def classifier_on(base: Path) -> Any:
+    model = transformers.GPT2ForSequenceClassification(tiny.gpt2().config)
+    model.save_pretrained(base)
+    return model
+
+
+def without_head(file: Path) -> None:
+    kept = {key: tensor for key, tensor in load_file(file).items() if "score" not in key}
+    save_file(kept, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cls": "PromptTuningConfig", "num_virtual_tokens": 4},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+    ],
+)
+def test_a_head_saved_with_the_adapter_lands(options: dict[str, Any], tmp_path: Path) -> None:
+    """Whichever prefix it has: without wrapped modules there is one ``model.`` less."""
+    model = classifier_on(tmp_path / "base")
+    adapter = make(tmp_path / "a", model, task_type="SEQ_CLS", **options)
+    without_head(tmp_path / "base" / "model.safetensors")
+    assert any("score" in key for key in adapter.tensors)
+    assert measure_base_compatibility(adapter, tmp_path / "base").problems == ()
+
+
+def test_a_head_that_nobody_has_values_for(tmp_path: Path) -> None:
+    base, options = tmp_path / "base", {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    adapter = make(tmp_path / "a", classifier_on(base), task_type=None, **options)
+    assert measure_base_compatibility(adapter, base).problems == ()
+    without_head(base / "model.safetensors")
+    [problem] = measure_base_compatibility(adapter, base).problems
+    assert problem.where == "score"
+    assert "modules_to_save=['score']" in problem.fix
+    on_it = make(tmp_path / "b", classifier_on(tmp_path / "c"), task_type=None,
+                 target_modules=["score"])  # fmt: skip
+    [problem] = measure_base_compatibility(on_it, base).problems
+    assert problem.where == "score"
 
 
 def test_a_module_passed_in(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from stack import since
 from torch import nn
 
 from pytest_lora import assert_adapter_isolation, assert_requires_grad
-from pytest_lora.errors import CheckFailed
+from pytest_lora.checks.switching import disabled
+from pytest_lora.errors import CheckFailed, NotApplicable
 from pytest_lora.loading import quiet
 
 X = {"x": torch.linspace(-2, 2, 24).sin().view(3, 8)}
@@ -97,3 +98,14 @@ def test_room_for_hot_swapping_that_thaws_the_adapter_is_caught(
     monkeypatch.setattr(hotswap, "prepare_model_for_compiled_hotswap", thawing)
     with pytest.raises(CheckFailed, match="after prepare_model_for_compiled_hotswap: trainable"):
         assert_requires_grad(adapted(), X)
+
+
+def test_what_peft_breaks_on_when_switching_off_is_a_reason_to_skip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(self: Any) -> Any:
+        raise UnboundLocalError("cannot access local variable 'old'")
+
+    monkeypatch.setattr(peft.PeftModel, "disable_adapter", broken)
+    with pytest.raises(NotApplicable, match="variable 'old'"), disabled(adapted()):
+        pass
