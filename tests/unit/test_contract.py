@@ -728,7 +728,9 @@ def test_a_peft_whose_layers_do_not_run_fails(when: str, monkeypatch: pytest.Mon
     merging = ("merge_equivalence", "order_of_merges", "idempotent_merge", "sequences")
     for law in (*merging, *(anywhere if when == "always" else ())):
         for dialect in (LORA, RSLORA):
-            verdict = try_cell(cell(law, dialect), examples=4, shrink=False)
+            # Which operations a sequence has is drawn: few of them may never merge.
+            examples = 40 if law == "sequences" else 4
+            verdict = try_cell(cell(law, dialect), examples=examples, shrink=False)
             assert verdict.result is Result.FAIL, verdict
             assert "TypeError: forward() got" in verdict.reason
 

@@ -404,6 +404,7 @@ def test_every_key_of_a_task_is_taken(tmp_path: Path) -> None:
         "system": "Be brief.",
         "stop": ["\n"],
         "max_new_tokens": 3,
+        "max_unstopped": "0%",
         "about": "domain",
         "batch_size": 4,
     }
