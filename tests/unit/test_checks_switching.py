@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import peft
 import torch
 from stack import since
-from torch import nn
 
 from pytest_lora import assert_adapter_isolation, assert_requires_grad
 from pytest_lora.checks.switching import disabled
 from pytest_lora.errors import CheckFailed, NotApplicable
 from pytest_lora.loading import quiet
+from timemachine.cases import Mlp
 
 X = {"x": torch.linspace(-2, 2, 24).sin().view(3, 8)}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.head(self.body(x).relu())
-        return result
 
 
 def adapted(**options: Any) -> Any:
     """A model with an adapter, and a head that is saved whole, all off their initial values."""
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["body"], **options)
     with quiet():
-        model = peft.get_peft_model(Net(), config)
+        model = peft.get_peft_model(Mlp(), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
