@@ -18,9 +18,9 @@ import pytest
 from hypothesis import settings
 
 from pytest_lora.carried import arrived, hand_on
-from pytest_lora.contract import cells
+from pytest_lora.contract import IN_FRESH_PROCESSES, cells
 from pytest_lora.contract.cells import Cell, Result, Verdict, contract_cells
-from pytest_lora.contract.laws import HASH_SEEDS, IN_FRESH_PROCESSES
+from pytest_lora.contract.laws import HASH_SEEDS
 from pytest_lora.contract.table import summary, table_lines
 from pytest_lora.contract.trial import ContractBroken
 from pytest_lora.errors import UsageError
@@ -54,6 +54,8 @@ class ContractItem(pytest.Function):
 
     def runtest(self) -> None:
         """Run the property test and turn what came of it into pytest's outcome."""
+        if self.cell.law in IN_FRESH_PROCESSES:
+            get_ready(range(HASH_SEEDS))  # all at once, where the session has not begun with it
         try:
             super().runtest()
         except Exception as failure:
@@ -112,8 +114,10 @@ class ContractPlugin:
     ) -> None:
         """Add the cells to the session's items."""
         module = ContractModule.from_parent(session, path=Path(cells.__file__), nodeid="contract")
-        # Last what needs fresh processes: these start while the others run.
-        for cell in sorted(self.cells, key=lambda cell: cell.law in IN_FRESH_PROCESSES):
+        # Last what needs fresh processes: these start while the others run.  First where one worker
+        # runs them all (distribution.py): these start while the other workers go on.
+        first = hasattr(self.config, "workerinput")
+        for cell in sorted(self.cells, key=lambda cell: (cell.law in IN_FRESH_PROCESSES) != first):
             function = cell.function(self._settings(cell))
             name = f"{cell.law}[{cell.method}]"
             item: ContractItem = ContractItem.from_parent(module, name=name, callobj=function)

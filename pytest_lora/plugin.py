@@ -442,7 +442,8 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     run = config.stash[RUN]
-    if config.getvalue("dist") not in ("load", "loadgroup") or not run.settings.adapter:
+    ours = run.settings.adapter or config.getoption("--lora-contract") is not None
+    if config.getvalue("dist") not in ("load", "loadgroup") or not ours:
         return None
     from pytest_lora.distribution import ByBase, place_of
 

@@ -37,14 +37,12 @@ from pytest_lora.numerics.fingerprint import fingerprint
 from pytest_lora.numerics.merge_bound import judge_cycle
 from pytest_lora.subject import Subject, load_base
 
-__all__ = ["HASH_SEEDS", "IN_FRESH_PROCESSES", "LAWS", "Law"]
+__all__ = ["HASH_SEEDS", "LAWS", "Law"]
 
 SECOND = "one2"
 CYCLES = 5
 HASH_SEEDS = 3
 """Values of PYTHONHASHSEED that fresh processes are started with; each costs seconds, once."""
-IN_FRESH_PROCESSES = frozenset({"seeded_initialisation", "save_reload", "merged_reload"})
-"""Laws that need them, tried last: they start meanwhile."""
 _WEIGHTS = "for name, p in net.named_parameters(): print(name, p)"
 _TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_grad])"
 

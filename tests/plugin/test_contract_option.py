@@ -158,3 +158,19 @@ def test_a_run_without_the_option_imports_nothing_of_it(tmp_path: Path) -> None:
     )
     loaded = json.loads(done.stdout.split("MODULES")[1])
     assert set(loaded) <= {"pytest_lora.strict_json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each job is a process of its own")
+def test_one_worker_tries_all_that_needs_fresh_processes_and_begins_with_it(
+    project: pytest.Pytester,
+) -> None:
+    pytest.importorskip("xdist")
+    chosen = "(LOHA or LOKR) and (seeded_initialisation or saved_alone or save_reload)"
+    result = run(project, "--lora-contract", "-n", "2", "-v", "-k", chosen)
+    assert result.ret == 0
+    ran = re.findall(r"\[(gw\d)\].* PASSED contract::(\w+)\[\w+\]", result.stdout.str())
+    assert sorted(law for _, law in ran) == [
+        law for law in ("save_reload", "saved_alone", "seeded_initialisation") for _ in range(2)
+    ]
+    [fresh] = {worker for worker, law in ran if law != "saved_alone"}
+    assert {worker for worker, law in ran if law == "saved_alone"} != {fresh}

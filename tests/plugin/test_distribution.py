@@ -241,6 +241,17 @@ def test_runs_of_others_are_left_alone(project: pytest.Pytester, monkeypatch: py
     assert said(project) == [{"device": "outer", "threads": None, "torch": False}]
 
 
+def test_what_the_contract_tries_in_fresh_processes_is_one_place(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    laws = ("seeded_initialisation", "forward", "save_reload", "saved_alone")
+    fresh, forward, again, alone = (
+        distribution.place_of(run, f"contract::{law}[LORA]") for law in laws
+    )
+    assert fresh == again is not None
+    assert forward is alone is None
+    assert distribution.place_of(run, "tests/contract::save_reload[LORA]") is None
+
+
 def test_without_a_gpu_auto_is_what_xdist_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
