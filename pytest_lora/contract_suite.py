@@ -23,7 +23,7 @@ from pytest_lora.contract.cells import Cell, Result, Verdict, contract_cells
 from pytest_lora.contract.laws import HASH_SEEDS
 from pytest_lora.contract.table import summary, table_lines
 from pytest_lora.contract.trial import ContractBroken
-from pytest_lora.errors import UsageError
+from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.fresh import get_ready
 
 __all__ = ["ContractPlugin"]
@@ -85,17 +85,19 @@ class ContractPlugin:
     Args:
         value: of the option; empty for the installed PEFT, else ``package.module:Class``.
         depth: ``quick`` or ``full``; a Hypothesis profile named on the command line comes first.
+        device: where the networks are; ``auto`` is the CPU, whose rounding is the best known.
     """
 
-    def __init__(self, config: pytest.Config, value: str, depth: str) -> None:
+    def __init__(self, config: pytest.Config, value: str, depth: str, device: str) -> None:
         self.config, self.depth = config, depth
         self.verdicts: list[Verdict] = []
         sys.path.insert(0, str(config.invocation_params.dir))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what PEFT's dependencies deprecate on import
-                self.cells = contract_cells(value or None)
-        except UsageError as error:
+                place = "cpu" if device == "auto" else device
+                self.cells = contract_cells(value or None, device=place)
+        except (UsageError, CannotRun) as error:
             raise pytest.UsageError(str(error)) from None
         finally:
             sys.path.pop(0)

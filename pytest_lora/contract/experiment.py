@@ -186,7 +186,7 @@ class Experiment:
             NotApplicable: it cannot import the implementation.
             fresh.Refused: the code raised.
         """
-        script = Script(code, gives, paths=self.dialect.paths())
+        script = Script(code, gives, self.dialect.paths(), self.dialect.device)
         return run_fresh(script, hash_seed=hash_seed).outputs
 
     def output(self, code: str = "") -> torch.Tensor:
@@ -219,7 +219,11 @@ class Experiment:
         self._require_targets(name, found, chosen)
         known = chosen.alpha / chosen.r
         return {
-            key: Term(B.clone(), A.clone(), scaling if scaling == scaling else known)
+            key: Term(
+                B.to("cpu", copy=True),
+                A.to("cpu", copy=True),
+                scaling if scaling == scaling else known,
+            )
             for key, (B, A, scaling) in found.items()
         }
 

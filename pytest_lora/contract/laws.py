@@ -471,7 +471,7 @@ def mixed_batch(it: Experiment) -> None:
             continue
         expected = reference.output(rows[name])
         bound = reference.bound(rows[name])
-        gap = (found.double() - expected).abs()[row]
+        gap = (found.cpu().double() - expected).abs()[row]
         worst = int((gap / bound[row]).argmax())
         if not gap[worst] <= bound[row, worst]:
             raise it.trial.broken(
@@ -751,7 +751,7 @@ def _own_padding(it: Experiment) -> None:
     """The rows of x one by one, and as positions of sequences that are padded on either side."""
     terms = [it.terms()]
     it.expect(terms, "each row alone", code="torch.cat([model(row[None]) for row in x])")
-    it.trial.run("batch = torch.randn(2, 5, x.shape[-1], dtype=x.dtype)")
+    it.trial.run("batch = torch.randn(2, 5, x.shape[-1], dtype=x.dtype).to(x)")
     for side, place in (("right", "[0, :3]"), ("left", "[0, 2:]")):
         it.trial.run(f"batch[0] = 0\nbatch{place} = x")
         it.expect(terms, f"as a sequence padded on the {side}", code=f"model(batch){place}")
@@ -768,7 +768,8 @@ def _saved(it: Experiment, folder: Path) -> Subject:
     """What was saved, loaded again."""
     _save(it, folder)
     adapter = read_adapter(folder / "adapter" / FIRST)
-    return Subject(adapter, load_base(folder / "base", adapter=adapter), {"input_ids": it.x})
+    base = load_base(folder / "base", adapter=adapter, device=it.dialect.device)
+    return Subject(adapter, base, {"input_ids": it.x})
 
 
 @_law("llama", "experts llama", otherwise="many")

@@ -145,6 +145,19 @@ def test_a_class_that_cannot_be_had_is_one_line(
     assert "Traceback" not in result.stderr.str()
 
 
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("nonsense", "device 'nonsense' is not one torch knows"), ("cuda:99", "but torch sees")],
+)
+def test_a_device_that_cannot_be_had_is_one_line(
+    project: pytest.Pytester, device: str, says: str
+) -> None:
+    result = run(project, "--lora-contract", f"--lora-device={device}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert says in result.stderr.str()
+    assert "Traceback" not in result.stderr.str()
+
+
 def test_a_run_without_the_option_imports_nothing_of_it(tmp_path: Path) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
     code = (

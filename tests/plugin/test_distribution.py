@@ -14,7 +14,7 @@ from adapter_maker import write_adapter
 pytest.importorskip("xdist")
 execnet = pytest.importorskip("execnet")
 
-from pytest_lora import devices, distribution  # noqa: E402
+from pytest_lora import devices, distribution, plugin  # noqa: E402
 from pytest_lora.distribution import ByBase, Place, _choose_base, equip  # noqa: E402
 from pytest_lora.run import Run  # noqa: E402
 from pytest_lora.settings import Layer  # noqa: E402
@@ -250,6 +250,21 @@ def test_what_the_contract_tries_in_fresh_processes_is_one_place(tmp_path: Path)
     assert fresh == again is not None
     assert forward is alone is None
     assert distribution.place_of(run, "tests/contract::save_reload[LORA]") is None
+
+
+@pytest.mark.parametrize(
+    ("contract", "device", "shared"),
+    [(None, "cuda", False), ("", "auto", False), ("", "cpu", False), ("", "cuda", True)],
+)
+def test_workers_that_hold_the_contract_on_gpus_get_one_each(
+    monkeypatch: pytest.MonkeyPatch, contract: str | None, device: str, shared: bool
+) -> None:
+    equipped: list[object] = []
+    monkeypatch.setattr(distribution, "equip", lambda run, specs, environ: equipped.append(specs))
+    run = SimpleNamespace(settings=SimpleNamespace(adapter=(), device=device))
+    config = SimpleNamespace(stash={plugin.RUN: run}, getoption=lambda name: contract)
+    plugin.pytest_xdist_setupnodes(config, ["popen"])
+    assert equipped == ([["popen"]] if shared else [])
 
 
 def test_without_a_gpu_auto_is_what_xdist_takes(
