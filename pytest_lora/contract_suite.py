@@ -119,12 +119,17 @@ class ContractPlugin:
         # Last what needs fresh processes: these start while the others run.  First where one worker
         # runs them all (distribution.py): these start while the other workers go on.
         first = hasattr(self.config, "workerinput")
+        made: list[pytest.Item | pytest.Collector] = []
         for cell in sorted(self.cells, key=lambda cell: (cell.law in IN_FRESH_PROCESSES) != first):
             function = cell.function(self._settings(cell))
             name = f"{cell.law}[{cell.method}]"
             item: ContractItem = ContractItem.from_parent(module, name=name, callobj=function)
             item.cell = cell
             items.append(item)
+            made.append(item)
+        # As of every collector: what counts the session's tests counts these.
+        report = pytest.CollectReport(module.nodeid, "passed", None, made)
+        session.ihook.pytest_collectreport(report=report)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Fresh processes take seconds to import what they need: they may begin now."""

@@ -56,6 +56,8 @@ def test_a_class_is_held_against_every_law_beside_the_projects_own_tests(
             "* 0 fail (F)*",
         ]
     )
+    count = sum(line.startswith("contract::") for line in result.outlines)
+    result.stdout.fnmatch_lines([f"*collected {1 + count} items"])
 
 
 def test_a_broken_law_prints_a_script_that_runs_without_us(
