@@ -115,6 +115,9 @@ class Cell:
 
     def function(self, chosen: settings) -> Callable[[], None]:
         """The property test, a function without arguments that pytest and others can call."""
+        reason = LAWS[self.law].excludes(self.dialect) if self.law in LAWS else ""
+        if reason:  # there is nothing to draw
+            return lambda: self.reasons.append(reason)
         options = settings(
             parent=chosen,
             deadline=None,

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from pytest_lora.subject import Subject
 
-__all__ = ["Adapters", "Experiment", "is_refusal", "lacks_library", "says_refusal"]
+__all__ = ["NOT_PLAIN", "Adapters", "Experiment", "is_refusal", "lacks_library", "says_refusal"]
+
+NOT_PLAIN = "its layers compute something else than W x + s B A x"
 
 Adapters = Sequence[Mapping[str, Term]]
 """The adapters at work, each with its terms by module."""
@@ -205,7 +207,7 @@ class Experiment:
             NotApplicable: the method's layers do not compute ``W x + s B A x``.
         """
         if not self.dialect.plain or self.reference is None:
-            raise NotApplicable("its layers compute something else than W x + s B A x")
+            raise NotApplicable(NOT_PLAIN)
         return self.reference
 
     def terms(self, name: str = FIRST, case: Case | None = None) -> dict[str, Term]:

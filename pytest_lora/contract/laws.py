@@ -28,8 +28,8 @@ from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract.derivatives import hold_gradients
-from pytest_lora.contract.dialects import FIRST, OwnClass, Peft
-from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
+from pytest_lora.contract.dialects import FIRST, Dialect, OwnClass, Peft
+from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
@@ -59,6 +59,7 @@ class Law:
         half: whether half precision is drawn as well.
         otherwise: the network where it names none that will do, for a class of one's own as well;
             empty for the usual one, or none where it names some.
+        excludes: why it has no meaning for an implementation, whatever is drawn; empty if it has.
     """
 
     id: str
@@ -67,21 +68,42 @@ class Law:
     networks: tuple[str, ...] = ()
     half: bool = False
     otherwise: str = ""
+    excludes: Callable[[Dialect], str] = lambda dialect: ""
 
 
 _TABLE: dict[str, Law] = {}
 
 
-def _law(
-    *networks: str, half: bool = False, otherwise: str = ""
-) -> Callable[[Callable[[Experiment], None]], Any]:
+def _law(*networks: str, **more: Any) -> Callable[[Callable[[Experiment], None]], Any]:
     def enter(hold: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
         name = hold.__name__
         says = (hold.__doc__ or "").strip().partition("\n")[0]
-        _TABLE[name] = Law(name, says, hold, networks, half, otherwise)
+        _TABLE[name] = Law(name, says, hold, networks, **more)
         return hold
 
     return enter
+
+
+def _not_plain(dialect: Dialect) -> str:
+    return "" if dialect.plain else NOT_PLAIN
+
+
+def _not_combined(dialect: Dialect) -> str:
+    alone = isinstance(dialect, Peft) and dialect.method.is_lora
+    return "" if alone else _not_plain(dialect)
+
+
+def _not_lora(dialect: Dialect) -> str:
+    known = isinstance(dialect, Peft) and dialect.method.is_lora
+    return "" if known else "only LoRA's ranks and scalings are known"
+
+
+def _without(option: str) -> Callable[[Dialect], str]:
+    def excludes(dialect: Dialect) -> str:
+        lacks = isinstance(dialect, Peft) and not dialect.method.accepts(option)
+        return f"its configuration has no {option}" if lacks else ""
+
+    return excludes
 
 
 # ------------------------------------------------------------------------------ what is computed
@@ -123,7 +145,7 @@ def _other_tensor(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     return next((f"{name}: {difference}" for name, difference in differing if difference), "")
 
 
-@_law("linear", "conv1d", half=True)
+@_law("linear", "conv1d", half=True, excludes=_not_plain)
 def forward(it: Experiment) -> None:
     """The output is W x + b + alpha/r B A x, in eval mode without any dropout."""
     it.require_plain()
@@ -133,7 +155,7 @@ def forward(it: Experiment) -> None:
     it.expect([terms], "the same model, run again")
 
 
-@_law("linear", "conv1d")
+@_law("linear", "conv1d", excludes=_not_plain)
 def linear_in_scaling(it: Experiment) -> None:
     """Three times the scaling is three times the change, none is none, once is as before."""
     it.require_plain()
@@ -145,7 +167,7 @@ def linear_in_scaling(it: Experiment) -> None:
         it.expect([scaled], f"the scaling times {factor:g}")
 
 
-@_law("linear", "conv1d")
+@_law("linear", "conv1d", excludes=_not_plain)
 def gradients(it: Experiment) -> None:
     """In training each gradient is the derivative of the output, dropout included, every time."""
     reference = it.require_plain()
@@ -231,7 +253,7 @@ def unmerge_restoration(it: Experiment) -> None:
     it.expect([terms], f"after {CYCLES} merges and unmerges", merges=2 * CYCLES)
 
 
-@_law("linear", half=True)
+@_law("linear", half=True, excludes=_not_plain)
 def unmerge_without_growth(it: Experiment) -> None:
     """Many cycles lose no more than what a single one may."""
     it.require_plain()
@@ -453,7 +475,7 @@ _COME_AND_GO = (
 )
 
 
-@_law("linear")
+@_law("linear", excludes=_not_plain)
 def mixed_batch(it: Experiment) -> None:
     """A batch whose rows use different adapters gives each row what its adapter alone gives."""
     it.require_plain()
@@ -482,7 +504,7 @@ def mixed_batch(it: Experiment) -> None:
             )
 
 
-@_law("linear")
+@_law("linear", excludes=_not_combined)
 def combination(it: Experiment) -> None:
     """Products add up: combine([a], [1]) is a, [-1] is -a; cat and full-rank svd of two add."""
     if isinstance(it.dialect, Peft) and it.dialect.method.is_lora and not it.dialect.plain:
@@ -933,7 +955,7 @@ def _attach_layers(it: Experiment, **options: str) -> dict[str, Any]:
     return adapted
 
 
-@_law("layers", "bare layers", "look-alikes")
+@_law("layers", "bare layers", "look-alikes", excludes=_without("layers_to_transform"))
 def chosen_layers(it: Experiment) -> None:
     """Exactly what is chosen is adapted: by full names; by layers, the first number in a path."""
     if it.case.network == "look-alikes":
@@ -970,11 +992,9 @@ def _named_modules(it: Experiment) -> None:
         )
 
 
-@_law("layers")
+@_law("layers", excludes=_not_lora)
 def patterns_apply(it: Experiment) -> None:
     """rank_pattern and alpha_pattern give modules a rank and scaling, the others keep theirs."""
-    if not isinstance(it.dialect, Peft) or not it.dialect.method.is_lora:
-        raise NotApplicable("only LoRA's ranks and scalings are known")
     r, alpha = it.case.r, it.case.alpha
     ranks, alphas = {"experts.1.up": 2 * r}, {"layers.0.experts.2.down": 3 * alpha}
     adapted = _attach_layers(it, rank_pattern=repr(ranks), alpha_pattern=repr(alphas))
@@ -997,7 +1017,7 @@ def patterns_apply(it: Experiment) -> None:
             )
 
 
-@_law("layers")
+@_law("layers", excludes=_without("rank_pattern"))
 def patterns_that_match_nothing(it: Experiment) -> None:
     """A key of rank_pattern or alpha_pattern that matches no module is refused, or told."""
     key = ("rank_pattern", "alpha_pattern")[it.case.seed % 2]
