@@ -180,12 +180,12 @@ def test_one_worker_tries_all_that_needs_fresh_processes_and_begins_with_it(
     project: pytest.Pytester,
 ) -> None:
     pytest.importorskip("xdist")
-    chosen = "(LOHA or LOKR) and (seeded_initialisation or saved_alone or save_reload)"
+    chosen = "(LOHA or LOKR) and (seeded_initialisation or dtypes_kept or save_reload)"
     result = run(project, "--lora-contract", "-n", "2", "-v", "-k", chosen)
     assert result.ret == 0
     ran = re.findall(r"\[(gw\d)\].* PASSED contract::(\w+)\[\w+\]", result.stdout.str())
     assert sorted(law for _, law in ran) == [
-        law for law in ("save_reload", "saved_alone", "seeded_initialisation") for _ in range(2)
+        law for law in ("dtypes_kept", "save_reload", "seeded_initialisation") for _ in range(2)
     ]
-    [fresh] = {worker for worker, law in ran if law != "saved_alone"}
-    assert {worker for worker, law in ran if law == "saved_alone"} != {fresh}
+    [fresh] = {worker for worker, law in ran if law != "dtypes_kept"}
+    assert {worker for worker, law in ran if law == "dtypes_kept"} != {fresh}
