@@ -47,14 +47,14 @@ def assert_serving_parity(
     from pytest_lora.checks.parity import measure_serving_parity
 
     named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
-    limit = bound
+    limit: Any = bound
     if not isinstance(bound, Bound):
         limit = Bound.at_most(bound, "default" if bound == ROUNDING else "argument")
-    assert isinstance(limit, Bound)
+    allowed = ROUNDING if limit.high is None else limit.high
     return decide(
         "serving_parity",
         next(iter(named), None),
-        lambda: measure_serving_parity(serve, named, base=base, mixed=mixed),
+        lambda: measure_serving_parity(serve, named, base=base, mixed=mixed, allowed=allowed),
         limit,
         advice="compare the number of tensors applied with that in the file, the scaling, and"
         " what the server caches under the adapter's name",

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from pytest_lora.checks.parity import widened
 from pytest_lora.errors import UsageError
+from pytest_lora.probe import computing_wide
 from pytest_lora.records import Measurement
 
 __all__ = ["Metric", "measure_metric"]
@@ -62,7 +62,7 @@ def measure_metric(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), widened(model):
+        with torch.no_grad(), computing_wide(model):
             found = {
                 name: _judge(metric, model, batch, declared)
                 for name, batch in _batches(input_ids).items()
