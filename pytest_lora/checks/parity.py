@@ -71,6 +71,20 @@ class _Reference:
         gap = one.double().to(self.output.device) - other.double().to(self.output.device)
         return (median_rms if self.routed else rms)(gap) / own
 
+    def places(self, one: torch.Tensor, other: torch.Tensor, allowed: float) -> torch.Tensor:
+        """Where along all dimensions but the last two outputs are the same: n places whose root
+        mean square is within a bound are each within sqrt(n) times that bound.
+        """
+        errors = Errors.of(self.output, self.output, self.wide, typical=False)
+        gaps = (one.double() - other.double()).square().mean(-1).sqrt()
+        bound = max(errors.unmerged, errors.floor) * (allowed + 1) * math.sqrt(gaps.numel())
+        within: torch.Tensor = gaps <= bound
+        return within
+
+    def of_base(self) -> _Reference:
+        """What the base model's output would have to be."""
+        return _Reference(_BASE, self.base, self.base.double(), self.base, self.routed)
+
 
 def measure_serving_parity(
     serve: Serve,
@@ -120,11 +134,12 @@ def measure_serving_parity(
         answers += _mixed_answers(mixed, asked)
     worst = max(answers, key=lambda answer: answer.ratio)
     said = _Diagnosis(asked, subjects, allowed).of(worst, answers)
+    after = f", asked after {worst.after}" if worst.after else ""
     return Measurement(
         value=worst.ratio,
         unit=UNIT,
         count=sum(reference.output.numel() for reference in references),
-        where=f"{worst.asked}: {said}",
+        where=f"{worst.asked}{after}: {said}",
         details={"answers": [{"asked": a.asked, "ratio": a.ratio} for a in answers]},
     )
 
@@ -133,7 +148,8 @@ def measure_serving_parity(
 class _Answer:
     """One answer: what was asked for, in which words, what came, and how far off it is.
 
-    ``row`` is the row of the probe inputs that it is of, None where it is of all of them.
+    ``after`` is who was asked for before, ``row`` the row of the probe inputs that it is of, None
+    where it is of all of them.
     """
 
     name: str | None
@@ -141,6 +157,7 @@ class _Answer:
     found: torch.Tensor
     ratio: float
     row: int | None = None
+    after: str = ""
 
     @property
     def rows(self) -> slice:
@@ -152,8 +169,7 @@ def _answers(serve: Serve, asked: Mapping[str | None, _Reference]) -> Iterator[_
     before = ""
     for name, wanted in (*asked.items(), *asked.items()):
         found = serve(name).detach().clone()  # what is served next may be written over it
-        said = f"{wanted.name}, asked after {before}" if before else wanted.name
-        yield _Answer(name, said, found, wanted.ratio(found))
+        yield _Answer(name, wanted.name, found, wanted.ratio(found), after=before)
         before = wanted.name
 
 
@@ -271,9 +287,12 @@ class _Diagnosis:
         others = [other for other in known.values() if other.name not in (wanted.name, _BASE)]
         return (
             self._exactly(answer, found, wanted, others)
-            or _another_ones_effect(found, wanted, others)
             or self._not_repeated(answer, answers, wanted)
-            or f"{numbers}; {_UNEXPLAINED[answer.name is None]}"
+            or numbers
+            + (
+                _where_wrong(found, wanted, others, self.allowed)
+                or f"; {_unexplained(found, wanted)}"
+            )
         )
 
     def _exactly(
@@ -288,6 +307,8 @@ class _Diagnosis:
         def same(output: torch.Tensor) -> bool:
             return wanted.apart(found, output) <= self.allowed + 1  # its own error, and the other's
 
+        if same(wanted.output):
+            return ""
         for other in others:
             if same(other.output):
                 return f"the output of {other.name}: is a cache or a slot kept by name?"
@@ -295,7 +316,8 @@ class _Diagnosis:
             return ""
         if same(wanted.base):
             return "the base model's output: nothing of the adapter is used"
-        return explain(self.subjects[answer.name], same, found, answer.rows)
+        rest = {name: subject for name, subject in self.subjects.items() if name != answer.name}
+        return explain(self.subjects[answer.name], same, found, answer.rows, rest)
 
     def _not_repeated(self, answer: _Answer, answers: Sequence[_Answer], wanted: _Reference) -> str:
         """Whether the same question had another answer the other time."""
@@ -311,38 +333,73 @@ class _Diagnosis:
         )
 
 
-_UNEXPLAINED = {
-    False: "no other scaling and no part left out gives it: look for rows, columns or factors in"
-    " another order, another base model, or more than one fault",
-    True: "something served before is still in it, its weights were written over, or it is another"
-    " base model",
-}
+_SMALL = 2.0**-4
+"""Share of an adapter's effect up to which a coarser format is the first thing to think of."""
 
 
-def _another_ones_effect(
-    found: torch.Tensor, wanted: _Reference, others: Sequence[_Reference]
+def _unexplained(found: torch.Tensor, wanted: _Reference) -> str:
+    """Where to look if nothing that is known gives the answer."""
+    if wanted.name == _BASE:
+        return (
+            "something served before is still in it, its weights were written over, or it is"
+            " another base model"
+        )
+    off = _off(found, wanted)
+    if off <= _SMALL:
+        return (
+            f"off by {off:.2g} of that effect, as a coarser format or quantised weights make it: if"
+            " they are meant, give a bound of your own"
+        )
+    return (
+        "no other scaling and no part left out gives it: look for rows, columns or factors in"
+        " another order, another base model, or more than one fault"
+    )
+
+
+def _off(found: torch.Tensor, wanted: _Reference) -> float:
+    """The size of the error over that of the adapter's effect."""
+    effect = float(_flat(wanted.output, wanted.base).norm())
+    return float(_flat(found, wanted.output).norm()) / effect if effect else math.inf
+
+
+def _where_wrong(
+    found: torch.Tensor, wanted: _Reference, others: Sequence[_Reference], allowed: float
 ) -> str:
-    """Whether most of what is wrong lies along another adapter's effect."""
-    effect, gap = _flat(wanted.output, wanted.base), _flat(found, wanted.base)
-    if not effect.any():
+    """Which places of the rows are wrong, and whose output is there, where others are right."""
+    if found.dim() != 3 or wanted.routed:
         return ""
-    own = gap - _project(gap, [effect])
-    for other in others:
-        both = [effect, _flat(other.output, other.base)]
-        if gap.norm() and (gap - _project(gap, both)).norm() < own.norm() / 2:
-            return f"most of what is too much is the effect of {other.name}: it was not taken off"
-    return ""
+    right = wanted.places(found, wanted.output, allowed)
+    telling = ~wanted.places(wanted.base, wanted.output, allowed)
+    if not (right & telling).any() or right.all():
+        return ""
+    said = f"; right at {_places(right)}"
+    for other in (*others, wanted.of_base()):
+        theirs = wanted.places(found, other.output, allowed) & ~right
+        if theirs.any():
+            return f"{said}; at {_places(theirs)} the output of {other.name}"
+    return f"{said}, wrong at {_places(~right)}"
 
 
-def _project(vector: torch.Tensor, onto: Sequence[torch.Tensor]) -> torch.Tensor:
-    basis = torch.stack(list(onto), 1)
-    shares = torch.linalg.lstsq(basis, vector[:, None]).solution[:, 0]
-    result: torch.Tensor = basis @ shares
-    return result
+def _places(chosen: torch.Tensor) -> str:
+    """``(row, place)`` flags in words: whole rows, else places that are the same in all rows."""
+    rows, columns = chosen.any(1), chosen.any(0)
+    if bool((chosen.all(1) == rows).all()):
+        return f"row {_ranges(rows)}"
+    if bool((chosen.all(0) == columns).all()):
+        return f"place {_ranges(columns)}"
+    return f"{int(chosen.sum())} of {chosen.numel()} places"
+
+
+def _ranges(flags: torch.Tensor) -> str:
+    chosen = [place for place, flag in enumerate(flags.tolist()) if flag]
+    starts = [place for place in chosen if place - 1 not in chosen]
+    ends = [place for place in chosen if place + 1 not in chosen]
+    said = [f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(said[:4]) + (", ..." if len(said) > 4 else "")
 
 
 def _flat(output: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    return (output.double() - base.double()).flatten().cpu()
+    return (output.double() - base.double()).flatten()
 
 
 def _in_numbers(found: torch.Tensor, wanted: _Reference, ratio: float) -> str:

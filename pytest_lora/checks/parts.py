@@ -10,7 +10,9 @@ explained by it: that is the scaling the adapter was applied with, and what was 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_lora.attach import ADAPTER_NAME
+from pytest_lora.attach import ADAPTER_NAME, loadable_directory, own_randomness
 from pytest_lora.checks.deltas import adapted_modules, kind_of
 from pytest_lora.checks.merge_layers import describe, is_token_layer
+from pytest_lora.loading import quiet
 from pytest_lora.probe import computing_wide
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 _SCALES = tuple(2.0**power for power in range(-6, 7))
-"""Where a search for one scaling starts: networks saturate, so the nearest start is tried first."""
+"""Where a search for one scaling may start: networks saturate, so it begins with the nearest."""
 
 _MOST_GROUPS = 12
 """Dials turned at once: each costs a forward pass for every step of the search."""
@@ -38,12 +41,14 @@ _STEPS = 12
 _NUDGE = 2.0**-12
 """Change of a dial for a slope: well above float64's rounding and far below any curvature."""
 
+_OWN = "its own"
+
 Close = Callable[[torch.Tensor], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class _Dial:
-    """One part of an adapter at one module; ``turn(1.0)`` is the state it was found in."""
+    """One part of an adapter at one module; ``turn(1.0)`` is the part as it was trained."""
 
     module: str
     what: str
@@ -51,8 +56,8 @@ class _Dial:
 
     @property
     def kind(self) -> str:
-        """The part's name for all layers together."""
-        return self.what.format(kind_of(self.module))
+        """The part's name for all layers together, without what all of them begin with."""
+        return self.what.format(kind_of(self.module).rpartition("*.")[2])
 
     @property
     def layer(self) -> int | None:
@@ -61,7 +66,13 @@ class _Dial:
         return int(number[1]) if number else None
 
 
-def explain(subject: Subject, close: Close, output: torch.Tensor, rows: slice) -> str:
+def explain(
+    subject: Subject,
+    close: Close,
+    output: torch.Tensor,
+    rows: slice,
+    others: Mapping[str, Subject] | None = None,
+) -> str:
     """Which setting of the adapter's parts gives ``output``; empty where none does.
 
     Args:
@@ -69,13 +80,18 @@ def explain(subject: Subject, close: Close, output: torch.Tensor, rows: slice) -
         close: whether an output, in float64, is the one to be explained up to rounding.
         output: that one.
         rows: which rows of the subject's output it is of.
+        others: adapters of the same base model of which something may be in it as well.
     """
+    wanted = output.double()
     with _dials(subject) as dials, computing_wide(subject.model):
-        for grouped in (_by_kind(dials), _by_layer(dials)):
-            found = _search(subject, grouped, close, output.double(), rows)
+        for groups in (_by_kind(dials), _by_layer(dials)):
+            found = _search(subject, groups, close, wanted, rows)
             if found is not None:
                 return _words(found)
-    return ""
+    with _beside(subject, others or {}) as groups, computing_wide(subject.model):
+        found = _search(subject, groups, close, wanted, rows)
+    subject.release()
+    return "" if found is None else _words(found)
 
 
 # ------------------------------------------------------------------------------ dials
@@ -97,10 +113,45 @@ def _dials(subject: Subject) -> Iterator[list[_Dial]]:
             dial.turn(1.0)
 
 
+@contextlib.contextmanager
+def _beside(subject: Subject, others: Mapping[str, Subject]) -> Iterator[dict[str, list[_Dial]]]:
+    """The adapter in one group, and beside it, at first at 0, others by kind of module."""
+    plain = {name: other for name, other in others.items()
+             if _only_low_rank(other) and other.base is subject.base}  # fmt: skip
+    if not plain or not _only_low_rank(subject):
+        yield {}
+        return
+    model = subject.model
+    groups = {_OWN: list(_scalings(model, ADAPTER_NAME, "{}"))}
+    for place, (name, other) in enumerate(plain.items()):
+        held = f"beside_{place}"
+        with loadable_directory(other.adapter) as folder, own_randomness(), quiet():
+            model.load_adapter(folder, adapter_name=held)
+        for dial in _scalings(model, held, f"{{}} of {name}"):
+            groups.setdefault(dial.kind, []).append(dial)
+    model.base_model.set_adapter([ADAPTER_NAME, *(f"beside_{n}" for n in range(len(plain)))])
+    yield groups
+
+
+def _only_low_rank(subject: Subject) -> bool:
+    adapter = subject.adapter
+    return (
+        adapter.peft_type == "LORA"
+        and not adapter.modules_to_save
+        and not subject.base.overwritten_by(adapter)
+    )
+
+
+def _scalings(model: torch.nn.Module, adapter: str, what: str) -> Iterator[_Dial]:
+    for name, module in adapted_modules(model):
+        if adapter in getattr(module, "scaling", ()):
+            yield _Dial(_full_name(name, module), what, _scaled(module.scaling, adapter))
+
+
 def _all_dials(model: torch.nn.Module) -> Iterator[_Dial]:
+    yield from _scalings(model, ADAPTER_NAME, "{}")
     for name, module in adapted_modules(model):
         if ADAPTER_NAME in getattr(module, "scaling", ()):
-            yield _Dial(_full_name(name, module), "{}", _scaled(module.scaling))
             yield from _magnitude(name, module)
         elif hasattr(module, "modules_to_save"):
             yield from _saved(name, module)
@@ -116,11 +167,11 @@ def _full_name(name: str, module: Any) -> str:
     return f"{name.replace('.base_layer', '')}.{parameter}" if parameter else name
 
 
-def _scaled(scaling: dict[str, float]) -> Callable[[float], None]:
-    whole = scaling[ADAPTER_NAME]
+def _scaled(scaling: dict[str, float], adapter: str) -> Callable[[float], None]:
+    whole = scaling[adapter]
 
     def turn(share: float) -> None:
-        scaling[ADAPTER_NAME] = whole if share == 1 else whole * share
+        scaling[adapter] = whole if share == 1 else whole * share
 
     return turn
 
@@ -175,16 +226,9 @@ def _overwritten(subject: Subject) -> dict[str, torch.Tensor]:
 
 
 def _by_kind(dials: Sequence[_Dial]) -> dict[str, list[_Dial]]:
-    """Dials of one kind together; by their last names where that makes too many."""
     groups: dict[str, list[_Dial]] = defaultdict(list)
     for dial in dials:
         groups[dial.kind].append(dial)
-    short = {kind: kind.rpartition(".")[2] for kind in groups if " " not in kind}
-    if len(set(short.values())) == len(short) or len(groups) > _MOST_GROUPS:
-        merged: dict[str, list[_Dial]] = defaultdict(list)
-        for kind, members in groups.items():
-            merged[short.get(kind, kind)] += members
-        groups = merged
     return dict(groups)
 
 
@@ -217,33 +261,35 @@ def _search(
                 dial.turn(share)
         return subject.output()[rows].double()
 
-    for shares in _starts(len(names)):
+    best, nearest = [1.0] * len(names), math.inf
+    for shares in _starts(names):
         found = run(shares)
         if close(found):
             return dict(zip(names, shares, strict=True))
+        gap = float((found - output).norm())
+        if gap < nearest:
+            best, nearest = shares, gap
     if len(names) > _MOST_GROUPS:
         return None
-    shares = _refined(run, _best_start(run, len(names), output), output)
-    for rounded in ([round(share, 2) for share in shares], shares):
-        if close(run(rounded)):
-            return dict(zip(names, rounded, strict=True))
+    exact = _refined(run, best, output)
+    for shares in ([round(share, 2) for share in exact], exact):
+        if close(run(shares)):
+            return dict(zip(names, shares, strict=True))
     return None
 
 
-def _starts(count: int) -> Iterator[list[float]]:
-    """All together at some scaling, then each left out alone, then all up to one left out."""
+def _starts(names: Sequence[str]) -> Iterator[list[float]]:
+    """Settings that are tried as they are, and the nearest of which is where the search begins."""
+    count = len(names)
+    if names[0] == _OWN:  # all the others, then each of them alone, on top
+        yield [1.0] * count
+        yield from ([1.0, *(float(place == one) for place in range(1, count))]
+                    for one in range(1, count))  # fmt: skip
+        return
     yield from ([scale] * count for scale in _SCALES)
     yield from ([float(place != out) for place in range(count)] for out in range(count))
     yield from ([float(place < first) for place in range(count)] for first in range(1, count))
     yield from ([float(place >= first) for place in range(count)] for first in range(1, count))
-
-
-def _best_start(
-    run: Callable[[Sequence[float]], torch.Tensor], count: int, output: torch.Tensor
-) -> list[float]:
-    return min(
-        [*_starts(count)][: len(_SCALES) + count], key=lambda s: float((run(s) - output).norm())
-    )
 
 
 def _refined(
@@ -251,22 +297,21 @@ def _refined(
 ) -> list[float]:
     """Levenberg's and Marquardt's steps towards the shares that give the output."""
     shares = torch.tensor(start, dtype=torch.float64)
-    here = run(shares.tolist())
-    damping = 1e-3
+    here, damping = run(shares.tolist()), 1e-3
     for _ in range(_STEPS):
         slopes = torch.stack([
-            (run((shares + _NUDGE * one).tolist()) - here).flatten() / _NUDGE
+            (run((shares + _NUDGE * one).tolist()) - here).flatten().cpu() / _NUDGE
             for one in torch.eye(len(shares), dtype=torch.float64)
         ], 1)  # fmt: skip
         normal = slopes.T @ slopes
-        damped = normal + damping * (normal.diagonal() + 1e-30).diag()
-        step = torch.linalg.lstsq(damped, slopes.T @ (output - here).flatten()).solution
+        damped = normal + (damping * normal.diagonal() + sys.float_info.min).diag()
+        step = torch.linalg.lstsq(damped, slopes.T @ (output - here).flatten().cpu()).solution
         there = run((shares + step).tolist())
         if (output - there).norm() < (output - here).norm():
             shares, here, damping = shares + step, there, damping / 10
         else:
             damping *= 10
-        if float(step.abs().max()) < 1e-9:
+        if float(step.abs().max()) < _NUDGE**3:
             break
     return [float(share) for share in shares]
 
@@ -275,16 +320,28 @@ def _refined(
 
 
 def _words(shares: Mapping[str, float]) -> str:
-    if all(share == 0 for share in shares.values()):
-        return "none of the adapter is used"
+    if _OWN in shares:
+        return "the adapter with " + ", ".join(_beside_words(shares)) + " beside it"
     scales = {f"{share:.3g}" for share in shares.values()}
+    if scales == {"0"}:
+        return "nothing of the adapter is used"
     if len(scales) == 1:
-        return f"the whole adapter is at {scales.pop()} times its scaling"
+        return f"the whole adapter at {scales.pop()} times its scaling"
     absent = [name for name, share in shares.items() if share == 0]
-    others = {name: share for name, share in shares.items() if share not in (0, 1)}
-    said = [f"{_few(absent)} left out"] if absent else []
-    said += [f"{name} at {share:.3g} times" for name, share in others.items()]
-    return "the adapter is used with " + ", ".join(said)
+    said = [f"without {_few(absent)}"] if absent else []
+    said += [f"with {name} at {share:.3g} times its scaling"
+             for name, share in shares.items() if share not in (0, 1)]  # fmt: skip
+    return "the adapter " + ", ".join(said)
+
+
+def _beside_words(shares: Mapping[str, float]) -> Iterator[str]:
+    if shares[_OWN] != 1:
+        yield f"its own at {shares[_OWN]:.3g} times"
+    there = {name: share for name, share in shares.items() if share != 0 and name != _OWN}
+    if all(share == 1 for share in there.values()):
+        yield _few(list(there))
+    else:
+        yield from (f"{share:.3g} times {name}" for name, share in there.items())
 
 
 def _few(names: Sequence[str]) -> str:

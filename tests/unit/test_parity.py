@@ -52,8 +52,8 @@ def test_a_finer_answer_than_the_models_own_is_no_fault(subject: Subject) -> Non
 @pytest.mark.parametrize(
     ("served", "says"),
     [
-        (lambda output, base: base, "nearer to the base model's output"),
-        (lambda output, base: base + 0.75 * (output - base), "0.75 times the adapter's effect"),
+        (lambda output, base: base, "default: the base model's output: nothing of"),
+        (lambda output, base: base + 0.75 * (output - base), "0.75 times the adapter's effect; no"),
         (lambda output, base: output.bfloat16(), "at most 2"),
         (lambda output, base: output[:1], "shape"),
         (lambda output, base: output * float("nan"), "not finite"),
@@ -119,7 +119,7 @@ def test_an_adapter_that_stays_on_for_the_base_model(served: Any) -> None:
     lora.assert_serving_parity(serve, subjects)  # nobody asks
     last.clear()
     with pytest.raises(
-        CheckFailed, match=r"the base model, asked after second: nearer to .*second"
+        CheckFailed, match=r"the base model, asked after second: the output of second"
     ):
         lora.assert_serving_parity(serve, subjects, base=True)
 
@@ -128,9 +128,9 @@ def test_an_adapter_that_stays_on_for_the_base_model(served: Any) -> None:
     ("broken", "says"),
     [
         (lambda names: [names[0]] * 2, "a mixed batch of .*: row 1"),
-        (lambda names: names[::-1], "nearer to the output of"),
-        (lambda names: [name or "first" for name in names], "the base model: nearer to .*first"),
-        (lambda names: [None, names[1]], "row 0, .*nearer to the base model's output"),
+        (lambda names: names[::-1], ": the output of"),
+        (lambda names: [name or "first" for name in names], "the base model: the output of first"),
+        (lambda names: [None, names[1]], "row 0, .*the base model's output"),
         (lambda names: names[:1], "shape"),
     ],
     ids=["one for all", "reversed", "none is the first", "none is none", "a row less"],
