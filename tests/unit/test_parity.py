@@ -214,9 +214,38 @@ def _adapter_off(model: Any, batch: Batch) -> torch.Tensor:
         return _loss(model, batch)
 
 
+def _without_mask(model: Any, batch: Batch) -> torch.Tensor:
+    return _loss(model, {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])},
+                 _kept(batch))  # fmt: skip
+
+
+def _kept(batch: Batch) -> torch.Tensor:
+    mask = batch["attention_mask"].bool()
+    return mask[:, 1:] & mask[:, :-1]
+
+
+def _first_masked(model: Any, batch: Batch) -> torch.Tensor:
+    mask = batch["attention_mask"].clone()
+    mask[torch.arange(len(mask)), mask.argmax(1)] = 0
+    return _loss(model, {**batch, "attention_mask": mask}, _kept(batch))
+
+
+def _by_all_tokens(model: Any, batch: Batch) -> torch.Tensor:
+    count = batch["attention_mask"].sum()
+    return _loss(model, batch) * _kept(batch).sum() / count
+
+
+def _one_too_many(model: Any, batch: Batch) -> torch.Tensor:
+    return _loss(model, batch, batch["attention_mask"].bool()[:, :-1])
+
+
+def _in_training_mode(model: Any, batch: Batch) -> torch.Tensor:
+    return _loss(model.train(), batch)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return trained(llama(), lora_config("q_proj"))
+    return trained(llama(), lora_config("q_proj", lora_dropout=0.1))
 
 
 def test_a_sound_metric_passes_and_the_model_is_as_before(model: Any) -> None:
@@ -236,6 +265,11 @@ def test_a_sound_metric_passes_and_the_model_is_as_before(model: Any) -> None:
         (_padding_counted, "padding is counted"),
         (_of_means, "mean of the texts' means"),
         (_adapter_off, "that of the base model"),
+        (_without_mask, "the model is not given the mask"),
+        (_first_masked, "the first token of each text is masked"),
+        (_by_all_tokens, "the sum is divided by 12, not by the 11 tokens that are predicted"),
+        (_one_too_many, "what follows a text, its padding, is predicted from it"),
+        (_in_training_mode, "when asked again: dropout or sampling is on"),
         (lambda model, batch: float("nan"), "nan nats"),
     ],
 )
