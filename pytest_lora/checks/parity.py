@@ -285,13 +285,14 @@ class _Diagnosis:
         if answer.ratio <= self.allowed:
             return numbers
         others = [other for other in known.values() if other.name not in (wanted.name, _BASE)]
+        exactly = self._exactly(answer, found, wanted, others)
         return (
-            self._exactly(answer, found, wanted, others)
+            exactly
             or self._not_repeated(answer, answers, wanted)
             or numbers
             + (
                 _where_wrong(found, wanted, others, self.allowed)
-                or f"; {_unexplained(found, wanted)}"
+                or f"; {_NOT_SEARCHED if exactly is None else _unexplained(found, wanted)}"
             )
         )
 
@@ -301,8 +302,8 @@ class _Diagnosis:
         found: torch.Tensor,
         wanted: _Reference,
         others: Sequence[_Reference],
-    ) -> str:
-        """Something known that it is, up to rounding."""
+    ) -> str | None:
+        """Something known that it is, up to rounding; None if the search took too long."""
 
         def same(output: torch.Tensor) -> bool:
             return wanted.apart(found, output) <= self.allowed + 1  # its own error, and the other's
@@ -332,6 +333,8 @@ class _Diagnosis:
             " dropout or sampling is on, or being asked changes what is served"
         )
 
+
+_NOT_SEARCHED = "what it is instead was looked for too long: ask with a smaller model"
 
 _SMALL = 2.0**-4
 """Share of an adapter's effect up to which a coarser format is the first thing to think of."""

@@ -13,6 +13,7 @@ import contextlib
 import math
 import re
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ _MOST_GROUPS = 12
 _STEPS = 12
 _NUDGE = 2.0**-12
 """Change of a dial for a slope: well above float64's rounding and far below any curvature."""
+
+MOST_SECONDS = 120.0
+"""The longest search; a forward pass in float64 is done some hundred times."""
 
 _OWN = "its own"
 
@@ -72,7 +76,7 @@ def explain(
     output: torch.Tensor,
     rows: slice,
     others: Mapping[str, Subject] | None = None,
-) -> str:
+) -> str | None:
     """Which setting of the adapter's parts gives ``output``; empty where none does.
 
     Args:
@@ -81,16 +85,21 @@ def explain(
         output: that one.
         rows: which rows of the subject's output it is of.
         others: adapters of the same base model of which something may be in it as well.
+
+    Returns:
+        The setting in words; None if the search takes too long, on a large model.
     """
-    wanted = output.double()
-    with _dials(subject) as dials, computing_wide(subject.model):
-        for groups in (_by_kind(dials), _by_layer(dials)):
-            found = _search(subject, groups, close, wanted, rows)
-            if found is not None:
-                return _words(found)
-    with _beside(subject, others or {}) as groups, computing_wide(subject.model):
-        found = _search(subject, groups, close, wanted, rows)
-    subject.release()
+    search = _Search(subject, close, output.double(), rows, time.monotonic() + MOST_SECONDS)
+    try:
+        with _dials(subject) as dials, computing_wide(subject.model):
+            found = search.among(_by_kind(dials)) or search.among(_by_layer(dials))
+        if found is None:
+            with _beside(subject, others or {}) as groups, computing_wide(subject.model):
+                found = search.among(groups)
+    except _TookTooLongError:
+        return None
+    finally:
+        subject.release()
     return "" if found is None else _words(found)
 
 
@@ -243,39 +252,49 @@ def _by_layer(dials: Sequence[_Dial]) -> dict[str, list[_Dial]]:
 # ------------------------------------------------------------------------------ the search
 
 
-def _search(
-    subject: Subject,
-    groups: Mapping[str, list[_Dial]],
-    close: Close,
-    output: torch.Tensor,
-    rows: slice,
-) -> dict[str, float] | None:
-    """Shares by group at which the model gives the output."""
-    if not groups:
-        return None
-    names = list(groups)
+class _TookTooLongError(Exception):
+    """The search is over."""
 
-    def run(shares: Sequence[float]) -> torch.Tensor:
-        for name, share in zip(names, shares, strict=True):
-            for dial in groups[name]:
-                dial.turn(share)
-        return subject.output()[rows].double()
 
-    best, nearest = [1.0] * len(names), math.inf
-    for shares in _starts(names):
-        found = run(shares)
-        if close(found):
-            return dict(zip(names, shares, strict=True))
-        gap = float((found - output).norm())
-        if gap < nearest:
-            best, nearest = shares, gap
-    if len(names) > _MOST_GROUPS:
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What is looked for, and until when."""
+
+    subject: Subject
+    close: Close
+    output: torch.Tensor
+    rows: slice
+    until: float
+
+    def among(self, groups: Mapping[str, list[_Dial]]) -> dict[str, float] | None:
+        """Shares by group at which the model gives the output."""
+        if not groups:
+            return None
+        names = list(groups)
+
+        def run(shares: Sequence[float]) -> torch.Tensor:
+            if time.monotonic() > self.until:
+                raise _TookTooLongError
+            for name, share in zip(names, shares, strict=True):
+                for dial in groups[name]:
+                    dial.turn(share)
+            return self.subject.output()[self.rows].double()
+
+        best, nearest = [1.0] * len(names), math.inf
+        for shares in _starts(names):
+            found = run(shares)
+            if self.close(found):
+                return dict(zip(names, shares, strict=True))
+            gap = float((found - self.output).norm())
+            if gap < nearest:
+                best, nearest = shares, gap
+        if len(names) > _MOST_GROUPS:
+            return None
+        exact = _refined(run, best, self.output)
+        for shares in ([round(share, 2) for share in exact], exact):
+            if self.close(run(shares)):
+                return dict(zip(names, shares, strict=True))
         return None
-    exact = _refined(run, best, output)
-    for shares in ([round(share, 2) for share in exact], exact):
-        if close(run(shares)):
-            return dict(zip(names, shares, strict=True))
-    return None
 
 
 def _starts(names: Sequence[str]) -> Iterator[list[float]]:

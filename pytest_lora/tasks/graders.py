@@ -206,10 +206,9 @@ class FinalNumber:
 def final_number(text: str) -> Decimal | None:
     """The first number behind the last ``####``, or the last number where there is none there.
 
-    Thousands separators, those of LaTeX too (``1{,}450``, ``1\\,450``), decimals, a minus sign and
-    a currency sign are understood, and a full stop after a number is none of it: ``$1,450,000.`` is
-    1450000, ``-0.50`` is -0.5.  A minus right behind a digit, a letter or a bracket subtracts:
-    ``10-6`` ends in 6.
+    Thousands separators (LaTeX's ``1{,}450``, too), decimals, a minus sign and a currency sign are
+    understood, and a full stop after a number is none of it: ``$1,450,000.`` is 1450000, ``-0.50``
+    is -0.5.  A minus right behind a digit, a letter or a bracket subtracts: ``10-6`` ends in 6.
     """
     text = _LATEX_COMMA.sub(",", text[-MOST_READ:].replace("\u2212", "-"))
     before, mark, behind = text.rpartition(_MARK)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import pytest_lora as lora
+from pytest_lora.checks import parts
 from pytest_lora.errors import CheckFailed, NotApplicable
 from pytest_lora.loading import quiet
 from pytest_lora.probe import output_of
@@ -118,6 +119,13 @@ def test_a_scaling_or_a_part_left_out(two_kinds: Subject, change: Change, says: 
     assert says in _said(_serve(_server(two_kinds, change)), two_kinds)
     assert not two_kinds.base.verify()
     assert torch.equal(two_kinds.output(), output)
+
+
+def test_a_search_that_takes_too_long(two_kinds: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "MOST_SECONDS", -1.0)
+    said = _said(_serve(_server(two_kinds, _v_at(0.5))), two_kinds)
+    assert "looked for too long" in said
+    assert not two_kinds.base.verify()
 
 
 def test_the_servers_own_arithmetic_passes(two_kinds: Subject) -> None:
