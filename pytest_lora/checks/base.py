@@ -144,7 +144,7 @@ class _Fit:
 
     def _misfits_of(self, module: LoraModule) -> Iterator[str]:
         """What is wrong with the factors of one LoRA module."""
-        home = self.base.modules.get(module.name)
+        home = self.base.modules.get(_place_of(module))
         parts = {"lora_A": module.a, "lora_B": module.b, "magnitude": module.magnitude}
         held = {name: info.shape for name, info in parts.items() if info is not None}
         if home is None:
@@ -538,6 +538,11 @@ def _highest_id(folder: Path) -> int | None:
         return int(max([*known, *added, len(vocabulary) - 1]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _place_of(module: LoraModule) -> str:
+    """The base's module: a second parameter's factors lie under the wrapper of the first."""
+    return module.name.removesuffix(".base_layer") if module.kind == "parameter" else module.name
 
 
 def _by_kind(names: Iterable[str]) -> str:

@@ -136,7 +136,8 @@ def test_fused_experts(tmp_path: Path) -> None:
     base = transformers.Qwen3MoeForCausalLM(config).eval()
     if not hasattr(base.model.layers[0].mlp.experts, "down_proj"):
         pytest.skip("experts are no fused parameters in this transformers")
-    subject = _subject(tmp_path, "q_proj", base=base, target_parameters=["mlp.experts.down_proj"])
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    subject = _subject(tmp_path, "q_proj", base=base, target_parameters=names)
     good = _weights(_merged(subject))
     assert lora.assert_export_parity(good, subject).value <= 1
     wrong = good | {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 32, 16)}

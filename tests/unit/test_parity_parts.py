@@ -184,7 +184,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     fused = getattr(_moe().model.layers[0].mlp.experts, "down_proj", None)
     if not isinstance(fused, torch.nn.Parameter):
         pytest.skip("experts are no fused parameters in this transformers")
-    return _subject(place, "q_proj", base=_moe(), target_parameters=["mlp.experts.down_proj"])
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return _subject(place, "q_proj", base=_moe(), target_parameters=names)
 
 
 def test_fused_experts_are_run_in_float64_and_their_code_put_back(experts: Subject) -> None:
@@ -200,7 +201,7 @@ def test_fused_experts_are_run_in_float64_and_their_code_put_back(experts: Subje
 def test_experts_left_out(experts: Subject) -> None:
     with experts.attached() as model:
         for name, layer in model.named_modules():
-            if name.endswith("mlp.experts"):
+            if getattr(layer, "parameter_name", "") == "down_proj":
                 layer.scaling["default"] = 0.0
         output = output_of(model, experts.inputs)
     said = _said(lambda name: output, experts)
