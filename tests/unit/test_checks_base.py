@@ -314,6 +314,33 @@ def test_a_dead_target_parameter(folder: Path, adapter: Adapter) -> None:
     assert not any("norm.weight" in problem.found for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("given", "there"), [("model.language_model.", "model."), ("", "model."), ("body.", "model.")]
+)
+def test_another_class_of_the_same_model(
+    folder: Path, adapter: Adapter, given: str, there: str
+) -> None:
+    def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        old, new = f"base_model.model.{there}", f"base_model.model.{given}"
+        return {key.replace(old, new): tensor for key, tensor in tensors.items()}
+
+    [problem, *_] = measure_base_compatibility(
+        tiny.rewrite_weights(adapter, moved), folder
+    ).problems
+    assert "do not fit" in problem.found
+    assert f"has all of them under {there!r} in place of {given!r}" in problem.fix
+
+
+def test_what_is_nowhere_is_not_said_to_be_elsewhere(folder: Path, adapter: Adapter) -> None:
+    def beyond(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key.replace("layers.1.", "layers.91."): t for key, t in tensors.items()}
+
+    [problem, *_] = measure_base_compatibility(
+        tiny.rewrite_weights(adapter, beyond), folder
+    ).problems
+    assert "--lora-base-model" in problem.fix
+
+
 def test_two_fused_parameters_of_one_module(tmp_path: Path) -> None:
     """PEFT nests their wrappers, so that the second one's factors lie under ``base_layer``."""
     torch.manual_seed(0)

@@ -200,7 +200,7 @@ def test_fused_experts_are_run_in_float64_and_their_code_put_back(experts: Subje
 
 def test_experts_left_out(experts: Subject) -> None:
     with experts.attached() as model:
-        for name, layer in model.named_modules():
+        for layer in model.modules():
             if getattr(layer, "parameter_name", "") == "down_proj":
                 layer.scaling["default"] = 0.0
         output = output_of(model, experts.inputs)
