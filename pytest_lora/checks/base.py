@@ -154,8 +154,8 @@ class _Fit:
             return ""
         [(given, there)] = (move for move in moves if move)
         return (
-            f"the base has all of them under {there!r} in place of {given!r}: it is another class of"
-            " the model than it was trained on; load that one, or rename the keys"
+            f"the base has all of them under {there!r} in place of {given!r}: it is another class"
+            " of the model than it was trained on; load that one, or rename the keys"
         )
 
     def _moved(self, module: LoraModule) -> tuple[str, str] | None:
