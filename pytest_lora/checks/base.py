@@ -145,18 +145,20 @@ class _Fit:
 
     def _elsewhere(self) -> str:
         """What to do if all that has no place has one under another beginning of its name."""
-        moves = {
-            self._moved(module)
-            for module in self.modules
-            if _place_of(module) not in self.base.modules
-        }
+        homeless = [m for m in self.modules if _place_of(m) not in self.base.modules]
+        moves = {self._moved(module) for module in homeless}
         if len(moves) != 1 or None in moves:
             return ""
         [(given, there)] = (move for move in moves if move)
-        return (
-            f"the base has all of them under {there!r} in place of {given!r}: it is another class"
-            " of the model than it was trained on; load that one, or rename the keys"
-        )
+        placed = {_place_of(module) for module in self.modules} & set(self.base.modules)
+        if not placed:
+            return (
+                f"the base has all of them under {there!r} in place of {given!r}: it is another"
+                " class of the model than it was trained on; load that one, or rename the keys"
+            )
+        if {there + _place_of(module).removeprefix(given) for module in homeless} <= placed:
+            return f"those under {given!r} are in the file as {there!r} as well: remove them"
+        return ""
 
     def _moved(self, module: LoraModule) -> tuple[str, str] | None:
         """How the module's name begins, and that of the one module of the base that ends as it does

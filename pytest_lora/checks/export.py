@@ -218,6 +218,7 @@ def _stored(tensor: torch.Tensor, base: torch.Tensor | None) -> _Expected:
     wide = tensor.double()
     known = None
     if base is not None and base.shape == tensor.shape:
+        base = base.to(tensor.device)
         change = (wide - base.double()).reshape(len(wide), -1)
         known = Known(base, Change.dense(change), whole=True)
     return _Expected(wide, wide.abs(), 0.0, tensor.dtype, known, "adapter")

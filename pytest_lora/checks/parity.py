@@ -371,16 +371,15 @@ def _where_wrong(
     """Which places of the rows are wrong, and whose output is there, where others are right."""
     if found.dim() != 3 or wanted.routed:
         return ""
-    right = wanted.places(found, wanted.output, allowed)
-    telling = ~wanted.places(wanted.base, wanted.output, allowed)
-    if not (right & telling).any() or right.all():
-        return ""
-    said = f"; right at {_places(right)}"
+    same = wanted.places(wanted.base, wanted.output, allowed)  # whoever is right there says nothing
+    right = wanted.places(found, wanted.output, allowed) & ~same
+    said = f"; right at {_places(right)}" if right.any() else ""
     for other in (*others, wanted.of_base()):
-        theirs = wanted.places(found, other.output, allowed) & ~right
+        common = wanted.places(other.output, wanted.output, allowed)
+        theirs = wanted.places(found, other.output, allowed) & ~common
         if theirs.any():
             return f"{said}; at {_places(theirs)} the output of {other.name}"
-    return f"{said}, wrong at {_places(~right)}"
+    return f"{said}, wrong at {_places(~right & ~same)}" if said else ""
 
 
 def _places(chosen: torch.Tensor) -> str:

@@ -331,6 +331,16 @@ def test_another_class_of_the_same_model(
     assert f"has all of them under {there!r} in place of {given!r}" in problem.fix
 
 
+def test_the_same_tensors_under_two_names(folder: Path, adapter: Adapter) -> None:
+    def doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = {key: key.replace("model.layers", "text.layers") for key in tensors}
+        return {**tensors, **{names[key]: tensor.clone() for key, tensor in tensors.items()}}
+
+    twice = tiny.rewrite_weights(adapter, doubled)
+    [problem, *_] = measure_base_compatibility(twice, folder).problems
+    assert "under 'text.' are in the file as 'model.' as well: remove them" in problem.fix
+
+
 def test_what_is_nowhere_is_not_said_to_be_elsewhere(folder: Path, adapter: Adapter) -> None:
     def beyond(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key.replace("layers.1.", "layers.91."): t for key, t in tensors.items()}
