@@ -71,6 +71,10 @@ class _Reference:
         gap = one.double().to(self.output.device) - other.double().to(self.output.device)
         return (median_rms if self.routed else rms)(gap) / own
 
+    def clear(self, allowed: float) -> float:
+        """The size of the adapter's effect in multiples of what passes for the same output."""
+        return self.apart(self.output, self.base) / (allowed + 1)
+
     def places(self, one: torch.Tensor, other: torch.Tensor, allowed: float) -> torch.Tensor:
         """Where along all dimensions but the last two outputs are the same: n places whose root
         mean square is within a bound are each within sqrt(n) times that bound.
@@ -292,9 +296,14 @@ class _Diagnosis:
             or numbers
             + (
                 _where_wrong(found, wanted, others, self.allowed)
-                or f"; {_NOT_SEARCHED if exactly is None else _unexplained(found, wanted)}"
+                or "; "
+                + (self._not_searched(wanted) if exactly is None else _unexplained(found, wanted))
             )
         )
+
+    def _not_searched(self, wanted: _Reference) -> str:
+        clear = wanted.clear(self.allowed)
+        return _NOT_SEARCHED if clear >= _CLEAR else f"the effect is {clear:.2g} {_TOO_LITTLE}"
 
     def _exactly(
         self,
@@ -303,7 +312,7 @@ class _Diagnosis:
         wanted: _Reference,
         others: Sequence[_Reference],
     ) -> str | None:
-        """Something known that it is, up to rounding; None if the search took too long."""
+        """Something known that it is, up to rounding; None if nobody looked to the end."""
 
         def same(output: torch.Tensor) -> bool:
             return wanted.apart(found, output) <= self.allowed + 1  # its own error, and the other's
@@ -315,8 +324,11 @@ class _Diagnosis:
                 return f"the output of {other.name}: is a cache or a slot kept by name?"
         if answer.name is None:
             return ""
-        if same(wanted.base):
+        clear = wanted.clear(self.allowed)
+        if clear >= _TELLING and same(wanted.base):
             return "the base model's output: nothing of the adapter is used"
+        if clear < _CLEAR:
+            return None
         rest = {name: subject for name, subject in self.subjects.items() if name != answer.name}
         return explain(self.subjects[answer.name], same, found, answer.rows, rest)
 
@@ -334,6 +346,11 @@ class _Diagnosis:
         )
 
 
+_TELLING, _CLEAR = 4.0, 16.0
+"""How many times what passes an effect has to be, so that none of it can be told from some of it,
+and so that its parts and places can: scalings to a sixteenth.
+"""
+_TOO_LITTLE = "times what passes, too little to say what this is instead: ask in a wider format"
 _NOT_SEARCHED = "what it is instead was looked for too long: ask with a smaller model"
 
 _SMALL = 2.0**-4
@@ -369,7 +386,7 @@ def _where_wrong(
     found: torch.Tensor, wanted: _Reference, others: Sequence[_Reference], allowed: float
 ) -> str:
     """Which places of the rows are wrong, and whose output is there, where others are right."""
-    if found.dim() != 3 or wanted.routed:
+    if found.dim() != 3 or wanted.routed or wanted.clear(allowed) < _CLEAR:
         return ""
     same = wanted.places(wanted.base, wanted.output, allowed)  # whoever is right there says nothing
     right = wanted.places(found, wanted.output, allowed) & ~same

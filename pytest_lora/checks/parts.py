@@ -283,13 +283,13 @@ class _Search:
         best, nearest = [1.0] * len(names), math.inf
         for shares in _starts(names):
             found = run(shares)
-            if self.close(found):
+            if self.close(found) and {0.0, 1.0} >= set(shares):
                 return dict(zip(names, shares, strict=True))
             gap = float((found - self.output).norm())
             if gap < nearest:
                 best, nearest = shares, gap
         if len(names) > _MOST_GROUPS:
-            return None
+            return dict(zip(names, best, strict=True)) if self.close(run(best)) else None
         exact = _refined(run, best, self.output)
         for shares in ([round(share, 2) for share in exact], exact):
             if self.close(run(shares)):

@@ -281,6 +281,25 @@ def test_a_coarser_format_is_not_taken_for_a_fault_of_another_kind(two_kinds: Su
     assert "times its scaling" not in _said(lambda name: output + noise, two_kinds)
 
 
+@pytest.mark.parametrize(
+    ("size", "share", "says"),
+    [
+        (1.0, 0.5, "the whole adapter at 0.5 times its scaling"),
+        (0.1, 0.5, "times what passes, too little to say what this is instead"),
+        (0.1, 0.0, "the base model's output: nothing of the adapter is used"),
+        (0.02, 0.0, "times what passes, too little to say what this is instead"),
+    ],
+)
+def test_nothing_is_claimed_of_an_effect_near_rounding(
+    tmp_path: Path, size: float, share: float, says: str
+) -> None:
+    subject = _subject(tmp_path, "q_proj", "v_proj", base=llama().bfloat16())
+    rewrite(subject.adapter.path, lambda key, value: (key, value * size if "_B" in key else value))
+    small = Subject(lora.read_adapter(subject.adapter.path), subject.base, subject.inputs)
+    served = _serve(_server(small, lambda name, delta: delta * share).bfloat16())
+    assert says in _said(served, small)
+
+
 # ------------------------------------------------------------------------------ what can be told
 
 
