@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         measure_config_matches_weights as measure_config_matches_weights,
     )
     from pytest_lora.checks.effect import measure_adapter_effect as measure_adapter_effect
+    from pytest_lora.checks.export import measure_export_parity as measure_export_parity
     from pytest_lora.checks.files import measure_adapter_files as measure_adapter_files
     from pytest_lora.checks.finite import measure_finite_weights as measure_finite_weights
     from pytest_lora.checks.forgetting import (
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
     from pytest_lora.memory_assertions import assert_memory_unchanged as assert_memory_unchanged
     from pytest_lora.memory_assertions import assert_no_memory_left as assert_no_memory_left
     from pytest_lora.memory_assertions import limit_memory as limit_memory
+    from pytest_lora.parity import assert_export_parity as assert_export_parity
     from pytest_lora.parity import assert_metric_sound as assert_metric_sound
     from pytest_lora.parity import assert_serving_parity as assert_serving_parity
     from pytest_lora.records import Bound as Bound
@@ -245,6 +247,7 @@ _HOMES = {
     "assert_reference_policy": "training",
     "assert_resume_equivalent": "training",
     "assert_seeded_initialisation": "training",
+    "assert_export_parity": "parity",
     "assert_serving_parity": "parity",
     "assert_trains_only_adapter": "training",
     "measure_accumulation_equivalent": "checks.gradients",
@@ -258,6 +261,7 @@ _HOMES = {
     "measure_reference_policy": "checks.reference",
     "measure_resume_equivalent": "checks.repeatable",
     "measure_seeded_initialisation": "checks.repeatable",
+    "measure_export_parity": "checks.export",
     "measure_serving_parity": "checks.parity",
     "measure_trains_only_adapter": "checks.training",
     "measure_delta_spectrum": "checks.spectrum",

@@ -14,11 +14,12 @@ from pytest_lora.training import decide
 if TYPE_CHECKING:
     import torch
 
+    from pytest_lora.checks.export import Export
     from pytest_lora.checks.metric import Metric
     from pytest_lora.checks.parity import Mixed, Serve
     from pytest_lora.subject import Subject
 
-__all__ = ["assert_metric_sound", "assert_serving_parity"]
+__all__ = ["assert_export_parity", "assert_metric_sound", "assert_serving_parity"]
 
 ROUNDING = 2.0
 """Default bound of :func:`assert_serving_parity`, that of the check ``merged_reload``."""
@@ -47,17 +48,44 @@ def assert_serving_parity(
     from pytest_lora.checks.parity import measure_serving_parity
 
     named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
-    limit = bound
+    limit: Any = bound
     if not isinstance(bound, Bound):
         limit = Bound.at_most(bound, "default" if bound == ROUNDING else "argument")
-    assert isinstance(limit, Bound)
+    allowed = ROUNDING if limit.high is None else limit.high
     return decide(
         "serving_parity",
         next(iter(named), None),
-        lambda: measure_serving_parity(serve, named, base=base, mixed=mixed),
+        lambda: measure_serving_parity(serve, named, base=base, mixed=mixed, allowed=allowed),
         limit,
         advice="compare the number of tensors applied with that in the file, the scaling, and"
         " what the server caches under the adapter's name",
+    )
+
+
+def assert_export_parity(
+    export: Export, subject: Subject, *, bound: float | Bound = 1.0
+) -> Measurement:
+    """Every exported weight is the base's, with the adapter's delta where it has one.
+
+    Args:
+        export: a folder that transformers loads as the base model, a model, or weights by the base
+            model's names.
+        subject: the adapter on its base model.
+        bound: the most, in multiples of what rounding explains.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks.export import measure_export_parity
+
+    limit: Any = bound
+    if not isinstance(bound, Bound):
+        limit = Bound.at_most(bound, "default" if bound == 1 else "argument")
+    return decide(
+        "export_parity",
+        subject.adapter.name,
+        lambda: measure_export_parity(export, subject),
+        limit,
+        advice="merge in the base's own format, and compare the names of what is merged with those"
+        " in the adapter's file",
     )
 
 

@@ -16,11 +16,12 @@ import torch
 from pytest_lora.errors import CannotRun
 from pytest_lora.loading import one_line, read_tensor
 from pytest_lora.numerics.precision import accurate_products
+from pytest_lora.numerics.streaming import computing_in
 
 if TYPE_CHECKING:
     from pytest_lora.adapter import Adapter
 
-__all__ = ["output_of", "probe_inputs", "trained_tokens"]
+__all__ = ["computing_wide", "output_of", "plain_experts", "probe_inputs", "trained_tokens"]
 
 BATCH = 2
 LENGTH = 24
@@ -220,3 +221,35 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+# ------------------------------------------------------------------------------ wider formats
+
+
+@contextlib.contextmanager
+def computing_wide(model: torch.nn.Module, dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """The model, adapted or not, computes in ``dtype``, one module's weights at a time."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def whole(module: torch.nn.Module) -> bool:
+        return isinstance(module, BaseTunerLayer)
+
+    with plain_experts(model), computing_in(model, dtype, whole=whole):
+        yield
+
+
+@contextlib.contextmanager
+def plain_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Plain code for fused experts: their kernels know no float64."""
+    kept = "_experts_implementation_internal"
+    before = []
+    try:
+        for part in model.modules():
+            config = getattr(part, "config", None)
+            if isinstance(getattr(config, kept, None), str):
+                before.append((config, getattr(config, kept)))
+                setattr(config, kept, "eager")
+        yield
+    finally:
+        for config, chosen in reversed(before):
+            setattr(config, kept, chosen)

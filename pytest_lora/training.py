@@ -387,8 +387,9 @@ def assert_labels_sound(
     """The labels of a batch are its tokens in place, and teach the answers up to their end.
 
     Args:
-        batch: ``input_ids`` and ``labels``, and ``attention_mask`` where there is padding, as the
-            model is given them; or a Trainer, whose first training batch is looked at.
+        batch: ``input_ids`` and ``labels``, ``attention_mask`` where there is padding, and
+            ``position_ids`` where a row holds several texts, as the model is given them; or a
+            Trainer, whose first training batch is looked at.
         end: the token that has to end each text and be taught, or several that may.
         trailing: how many tokens a template writes after it.
         begin: the token that has to begin each text, once.

@@ -255,7 +255,7 @@ def _base_at(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder)
 
 
-@case("hiyouga/LLaMA-Factory#9051", "serving_parity", "effect", control="every shard written")
+@case("hiyouga/LLaMA-Factory#9051", "serving_parity", "layer 1", control="every shard written")
 def a_shard_of_the_base(place: Path, sound: bool = False) -> Measurement:
     """The export keeps a shard that the base model has under the same name and size."""
     subject, folder = _subject(place, "q_proj", "up_proj"), _merged(place)
@@ -269,7 +269,7 @@ def a_shard_of_the_base(place: Path, sound: bool = False) -> Measurement:
     return lora.assert_serving_parity(lambda name: served, subject)
 
 
-@case("vllm-project/vllm#6909", "serving_parity", "effect", control="alpha / sqrt(r)")
+@case("vllm-project/vllm#6909", "serving_parity", "at 0.5 times", control="alpha / sqrt(r)")
 def served_at_the_wrong_scale(place: Path, sound: bool = False) -> Measurement:
     """The server takes alpha / r as the scaling of an adapter trained with alpha / sqrt(r)."""
     subject = _subject(place, use_rslora=True)

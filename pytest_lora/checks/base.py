@@ -140,11 +140,49 @@ class _Fit:
         shown = "; ".join(self.misfits[:3]) + ("; ..." if len(self.misfits) > 3 else "")
         number = f"{len(self.misfits)} of {len(self.tensors)} tensors"
         found = f"{number} do{'es' * (len(self.misfits) == 1)} not fit: {shown}"
-        return Problem(self.base.title, found, "a place of the same shape for each", _GIVE_BASE)
+        fix = self._elsewhere() or _GIVE_BASE
+        return Problem(self.base.title, found, "a place of the same shape for each", fix)
+
+    def _elsewhere(self) -> str:
+        """What to do if all that has no place has one under another beginning of its name."""
+        homeless = [m for m in self.modules if _place_of(m) not in self.base.modules]
+        moves = {self._moved(module) for module in homeless}
+        if len(moves) != 1 or None in moves:
+            return ""
+        [(given, there)] = (move for move in moves if move)
+        placed = {_place_of(module) for module in self.modules} & set(self.base.modules)
+        if not placed:
+            return (
+                f"the base has all of them under {there!r} in place of {given!r}: it is another"
+                " class of the model than it was trained on; load that one, or rename the keys"
+            )
+        if {there + _place_of(module).removeprefix(given) for module in homeless} <= placed:
+            return f"those under {given!r} are in the file as {there!r} as well: remove them"
+        return ""
+
+    def _moved(self, module: LoraModule) -> tuple[str, str] | None:
+        """How the module's name begins, and that of the one module of the base that ends as it does
+        and takes its factors.
+        """
+        name = _place_of(module)
+        steps = name.split(".")
+        for cut in range(len(steps)):
+            if any(step.isdecimal() for step in steps[:cut]):
+                return None  # another layer is another place
+            end = ".".join(steps[cut:])
+            same = [
+                other
+                for other, home in self.base.modules.items()
+                if f".{other}".endswith(f".{end}") and _takes(home, module)
+            ]
+            if same:
+                there = same[0].removesuffix(end)
+                return (name.removesuffix(end), there) if len(same) == 1 else None
+        return None
 
     def _misfits_of(self, module: LoraModule) -> Iterator[str]:
         """What is wrong with the factors of one LoRA module."""
-        home = self.base.modules.get(module.name)
+        home = self.base.modules.get(_place_of(module))
         parts = {"lora_A": module.a, "lora_B": module.b, "magnitude": module.magnitude}
         held = {name: info.shape for name, info in parts.items() if info is not None}
         if home is None:
@@ -538,6 +576,19 @@ def _highest_id(folder: Path) -> int | None:
         return int(max([*known, *added, len(vocabulary) - 1]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _takes(home: BaseModule, module: LoraModule) -> bool:
+    """Whether a linear module's weight has the sides of the factors; of others nothing is asked."""
+    shape = home.shapes.get("weight", ())
+    if module.kind != "linear" or len(shape) != 2 or module.a is None or module.b is None:
+        return True
+    return {module.b.shape[0], module.a.shape[-1]} == set(shape)
+
+
+def _place_of(module: LoraModule) -> str:
+    """The base's module: a second parameter's factors lie under the wrapper of the first."""
+    return module.name.removesuffix(".base_layer") if module.kind == "parameter" else module.name
 
 
 def _by_kind(names: Iterable[str]) -> str:

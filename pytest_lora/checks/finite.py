@@ -89,11 +89,16 @@ def measure_finite_weights(adapter: Adapter) -> Measurement:
             for problem in _tensor_problems(info, _FORMATS.get(info.dtype))
         ]
         problems += _mislabelled(adapter)
+        notes = list(_coarse(adapter))
     except HeaderError as error:
         raise CannotRun(str(error)) from error
     dtypes = Counter(info.dtype for info in adapter.tensors.values())
     return Measurement.of_problems(
-        problems, count=numbers, tensors=len(adapter.tensors), dtypes=dict(sorted(dtypes.items()))
+        problems,
+        count=numbers,
+        notes=notes,
+        tensors=len(adapter.tensors),
+        dtypes=dict(sorted(dtypes.items())),
     )
 
 
@@ -216,6 +221,36 @@ def _describe(words: list[int], declared: str, actual: str) -> str:
         f"magnitudes from {low:.3g} to {high:.3g} in {len(words)} sampled numbers "
         f"({actual} would make them {there:.3g} to {where:.3g}): {actual} bytes labelled {declared}"
     )
+
+
+# -- float16 that is coarser than bfloat16 -------------------------------------------------------
+#
+# Below 2**-14 float16 numbers are 2**-24 apart whatever their size, so rounding costs them
+# 2**-24 / sqrt(12) in root mean square.  A bfloat16 number is off by 2**-9 of itself at most.
+# Where the root mean square of a factor is below 2**-24 / sqrt(12) / 2**-9, float16 kept less of it
+# than the coarsest format anyone trains in would have.
+
+_COARSE = 2.0**-24 / math.sqrt(12) / 2.0**-9
+
+
+def _coarse(adapter: Adapter) -> Iterator[str]:
+    """One remark on all float16 factors whose numbers are so small that the format rounds them."""
+    found: list[tuple[float, str]] = []
+    factors = [info for info in adapter.tensors.values() if _is_factor(info, "F16")]
+    for info in factors:
+        block = next(iter_bytes(info, chunk=_SAMPLE), b"")
+        numbers = struct.unpack(f"<{len(block) // 2}e", block)
+        size = math.sqrt(math.fsum(number * number for number in numbers) / max(len(numbers), 1))
+        if 0 < size < _COARSE:  # all zeros are an untrained factor; NaN compares false
+            found.append((size, info.name))
+    if found:
+        size, name = min(found)
+        error = min(2.0**-24 / math.sqrt(12) / size, 1.0)
+        yield (
+            f"{len(found)} of {len(factors)} F16 factors are so small that float16 rounds them by "
+            f"more than bfloat16 would: {name!r} is of size {size:.2g}, where float16 is off by "
+            f"{error:.0%}; save in float32 or bfloat16"
+        )
 
 
 def _decode(word: int, dtype: str) -> float:

@@ -217,7 +217,8 @@ def measure_accumulation_equivalent(
 
 _ACCUMULATION = (
     "divide the summed loss by the number of tokens of the whole batch; the mean of means of"
-    " micro-batches weighs tokens of short ones more"
+    " micro-batches weighs tokens of short ones more, and texts packed in a row may not see each"
+    " other"
 )
 
 
@@ -306,7 +307,31 @@ def _compare(
     for way, gradients in found.items():
         problems += _missing(expected, gradients, way, cause)
         distances += _distances(expected, gradients, way, bounds)
-    return _judged(problems, distances, cause, routed=is_routed(declared.model))
+    causes = {
+        way: _factor(expected, gradients, bounds) or cause for way, gradients in found.items()
+    }
+    return _judged(problems, distances, causes, routed=is_routed(declared.model))
+
+
+def _factor(expected: _Gradients, found: _Gradients, bounds: Mapping[str, float]) -> str:
+    """The number that all gradients are multiplied by, if it is one."""
+    pairs = {
+        name: (gradient.value.double(), other.double())
+        for name, gradient in expected.items()
+        if gradient.value is not None and (other := found[name].value) is not None
+    }
+    size = sum(float(a.square().sum()) for a, _ in pairs.values())
+    share = sum(float((a * b).sum()) for a, b in pairs.values()) / (size or math.nan)
+    said = f"{share:.3g}"
+    if not bounds or said in ("1", "nan"):
+        return ""
+    gaps = {name: float((b - share * a).norm()) for name, (a, b) in pairs.items()}
+    if any(gap > (1 + abs(share)) * bounds[name] for name, gap in gaps.items()):
+        return ""
+    return (
+        f"all of them are {said} times what they should be: the loss is divided by another"
+        " number of micro-batches or tokens than there are, or not at all"
+    )
 
 
 def _gradients(run: _Run, declared: Declared, seed: int = _SEED) -> dict[str, Gradient]:
@@ -375,7 +400,11 @@ def _own_error(gradient: Gradient, rows: int) -> float:
 
 
 def _judged(
-    problems: list[Problem], distances: list[_Apart], cause: str, *, routed: bool
+    problems: list[Problem],
+    distances: list[_Apart],
+    causes: Mapping[str, str],
+    *,
+    routed: bool,
 ) -> Measurement:
     """The worst tensor; the median one where rounding can tip a token to another expert."""
     worst = max(distances, key=lambda apart: apart.ratio, default=None)
@@ -385,7 +414,7 @@ def _judged(
     if problems:
         value = math.inf
     elif worst is not None and value > 1:
-        problems = [_problem(apart, cause) for apart in distances if apart.ratio > 1]
+        problems = [_problem(apart, causes[apart.way]) for apart in distances if apart.ratio > 1]
     table: dict[str, Json] = {
         apart.name: apart.ratio
         for apart in sorted(distances, key=lambda apart: -apart.ratio)[:_SHOWN]

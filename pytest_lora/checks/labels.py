@@ -7,7 +7,7 @@ teaches nothing: where the end of a text is ignored with the padding, nobody lea
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,20 +38,22 @@ _ANSWER_IGNORED = "the mask of the answer begins too late, or leaves tokens out 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One text of the batch.
+    """One row of the batch, or one text of a row that holds several.
 
     Attributes:
-        number: of the row.
-        tokens, labels: whole, padding included.
+        name: which one.
+        tokens, labels: of the whole row, padding included.
         kept: where the text is; everywhere in a batch without a mask.
         taught: where a label is not ignored.
+        packed: whether it follows another text in its row.
     """
 
-    number: int
+    name: str
     tokens: torch.Tensor
     labels: torch.Tensor
     kept: torch.Tensor
     taught: torch.Tensor
+    packed: bool = False
 
     @property
     def text(self) -> torch.Tensor:
@@ -63,7 +65,7 @@ class _Row:
         shown = self.tokens[places][:_SHOWN].tolist()
         more = ", ..." if len(places) > _SHOWN else ""
         listed = ", ".join(map(str, shown))
-        return f"row {self.number}, from place {int(places[0])} (tokens {listed}{more})"
+        return f"{self.name}, from place {int(places[0])} (tokens {listed}{more})"
 
 
 def measure_labels_sound(
@@ -79,7 +81,8 @@ def measure_labels_sound(
 
     Args:
         batch: ``input_ids`` and ``labels`` as the model is given them, ``attention_mask`` where
-            there is padding; or a Trainer, whose first training batch is looked at.
+            there is padding, ``position_ids`` or a mask that counts the texts where a row holds
+            several; or a Trainer, whose first training batch is looked at.
         end: the token that ends a text, or several; the last token of each text has to be one of
             them, and taught.
         trailing: how many tokens a template writes after it (a line break).
@@ -92,21 +95,25 @@ def measure_labels_sound(
         UsageError: no such batch.
     """
     rows = list(_rows(batch, ignored))
-    if prompts is not None and len(prompts) != len(rows):
-        raise UsageError(f"prompts has {len(prompts)} numbers for {len(rows)} rows")
+    texts = [text for row, segments in rows for text in _texts(row, segments)]
+    if prompts is not None and len(prompts) != len(texts):
+        raise UsageError(f"prompts has {len(prompts)} numbers for {len(texts)} texts")
     ends = {end} if isinstance(end, int) else set(end or ())
-    problems: list[Problem] = []
-    for row in rows:
-        problems += _wrong_labels(row)
-        problems += _wrong_end(row, ends, trailing) if ends else []
-        problems += _wrong_begin(row, begin) if begin is not None else []
-        problems += _wrong_prompt(row, prompts[row.number]) if prompts is not None else []
-    places = sum(row.labels.numel() for row in rows)
-    taught = sum(int(row.taught.sum()) for row in rows)
-    return Measurement.of_problems(problems, count=places, rows=len(rows), taught=taught)
+    problems = [problem for row, _ in rows for problem in _wrong_labels(row)]
+    for number, text in enumerate(texts):
+        problems += _wrong_beginning(text)
+        problems += _wrong_end(text, ends, trailing) if ends else []
+        problems += _wrong_begin(text, begin) if begin is not None else []
+        problems += _wrong_prompt(text, prompts[number]) if prompts is not None else []
+    places = sum(row.labels.numel() for row, _ in rows)
+    taught = sum(int(row.taught.sum()) for row, _ in rows)
+    return Measurement.of_problems(
+        problems, count=places, rows=len(rows), texts=len(texts), taught=taught
+    )
 
 
-def _rows(batch: Any, ignored: int) -> Iterator[_Row]:
+def _rows(batch: Any, ignored: int) -> Iterator[tuple[_Row, torch.Tensor]]:
+    """Each row with the number of the text that each of its places belongs to."""
     if is_trainer(batch):
         batch = next(iter(batch.get_train_dataloader()))
     if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
@@ -118,19 +125,56 @@ def _rows(batch: Any, ignored: int) -> Iterator[_Row]:
             " shape, (rows, places), as a causal language model takes them"
         )
     mask = batch.get("attention_mask")
-    kept = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
-    if kept.shape != tokens.shape:
-        raise UsageError(f"attention_mask {list(kept.shape)}: expected the shape of input_ids")
+    mask = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
+    if mask.shape != tokens.shape:
+        raise UsageError(f"attention_mask {list(mask.shape)}: expected the shape of input_ids")
+    positions = batch.get("position_ids")
+    positions = None if positions is None else torch.as_tensor(positions)
+    if positions is None or positions.shape != tokens.shape:  # some models count in three ways
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     for number in range(len(tokens)):
-        yield _Row(number, tokens[number], labels[number], kept[number].bool(),
-                   labels[number] != ignored)  # fmt: skip
+        taught = labels[number] != ignored
+        row = _Row(f"row {number}", tokens[number], labels[number], mask[number].bool(), taught)
+        yield row, _segments(mask[number], positions[number])
+
+
+def _segments(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Which text of the row each place is of: where positions start over, or the mask holds another
+    number, there begins another one.
+    """
+    mask = mask.long()
+    segments, kept = torch.zeros_like(mask), mask.nonzero()[:, 0]
+    begins = (positions[kept].diff() < 0) | (mask[kept].diff() != 0)
+    segments[kept[1:]] = begins.long().cumsum(0)
+    return segments
+
+
+def _texts(row: _Row, segments: torch.Tensor) -> Iterator[_Row]:
+    """The texts of a row; one text, which may be none, where it is not packed."""
+    count = int(segments.max()) + 1
+    if count == 1:
+        yield row
+        return
+    for number in range(count):
+        yield replace(
+            row,
+            name=f"{row.name}, text {number}",
+            kept=row.kept & (segments == number),
+            packed=number > 0,
+        )
+
+
+def _wrong_beginning(text: _Row) -> Iterator[Problem]:
+    """Something to learn in every text, and no text's beginning from the one before."""
+    if not bool((text.taught & text.kept).any()):
+        yield Problem(text.name, "every label is ignored", "something to learn",
+                      "the answer was cut off, or the mask found none in the text")  # fmt: skip
+    elif text.packed and bool(text.taught[text.text[0]]):
+        yield Problem(text.at(text.text[:1]), "its first token is taught", "ignored",
+                      "it would be predicted from the text before it")  # fmt: skip
 
 
 def _wrong_labels(row: _Row) -> Iterator[Problem]:
-    if not bool(row.taught.any()):
-        yield Problem(f"row {row.number}", "every label is ignored", "something to learn",
-                      "the answer was cut off, or the mask found none in the text")  # fmt: skip
-        return
     padding = (row.taught & ~row.kept).nonzero()[:, 0]
     if len(padding):
         yield Problem(row.at(padding), f"{len(padding)} labels on padding", "ignored",
@@ -168,11 +212,11 @@ def _wrong_begin(row: _Row, begin: int) -> Iterator[Problem]:
     times = int(found.long().cumprod(0).sum())
     if times != 1:
         said = f"it begins with {times} times token {begin}"
-        yield Problem(f"row {row.number}", said, "once", _BEGUN)
+        yield Problem(row.name, said, "once", _BEGUN)
 
 
 def _wrong_prompt(row: _Row, length: int) -> Iterator[Problem]:
-    prompt, answer = row.text[:length], row.text[length:]
+    prompt, answer = row.text[:length], row.text[max(length, int(row.packed)) :]
     taught = prompt[row.taught[prompt]]
     if len(taught):
         yield Problem(row.at(taught), f"{len(taught)} tokens of the prompt are taught", "ignored",

@@ -43,7 +43,8 @@ from pytest_lora.numerics.four_bit import judge_requantised
 from pytest_lora.numerics.merge_bound import WeightError, judge_merge, judge_sum
 from pytest_lora.numerics.precision import accurate_products
 from pytest_lora.numerics.rounding import Ball
-from pytest_lora.numerics.streaming import computing_in, intercepted
+from pytest_lora.numerics.streaming import intercepted
+from pytest_lora.probe import computing_wide
 from pytest_lora.records import Json, Measurement, Problem
 from pytest_lora.structure import on_clones
 
@@ -475,8 +476,6 @@ def _whole_model(
     subject: Subject, merged: torch.Tensor, unmerged: torch.Tensor, base: torch.Tensor
 ) -> dict[str, Json]:
     """Root mean square errors of the model's outputs against a wider format; for information."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     low = unmerged.dtype in (torch.bfloat16, torch.float16)
     wide = torch.float32 if low or subject.base.dtype != torch.float32 else torch.float64
     found: dict[str, Json] = {"reference": str(wide).removeprefix("torch.")}
@@ -488,7 +487,7 @@ def _whole_model(
     if subject.base.dtype == torch.float64:
         return {**found, "reference": None}
     try:
-        with computing_in(subject.model, wide, whole=lambda m: isinstance(m, BaseTunerLayer)):
+        with computing_wide(subject.model, wide):
             exact = subject.output()
     except (RuntimeError, ValueError, TypeError) as error:
         return {**found, "reference": None, "reference_unknown": one_line(error)}

@@ -19,6 +19,7 @@ from pytest_lora.loading import one_line
 from pytest_lora.numerics.output_bound import LinearLengths, linear_distance
 from pytest_lora.numerics.rounding import unit
 from pytest_lora.numerics.streaming import widened
+from pytest_lora.probe import plain_experts
 from pytest_lora.structure import Structure
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def wide_distance(
     structure = Structure(layer)
     outputs: list[torch.Tensor] = []
     try:
-        with widened(layer, torch.float64):
+        with plain_experts(layer), widened(layer, torch.float64):
             if call:
                 outputs.append(_run_wide(forward, call))
             failure = merge(layer, safe_merge=False, names=names)

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from pytest_lora.checks.parity import widened
 from pytest_lora.errors import UsageError
+from pytest_lora.probe import computing_wide
 from pytest_lora.records import Measurement
 
 __all__ = ["Metric", "measure_metric"]
@@ -62,7 +62,7 @@ def measure_metric(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), widened(model):
+        with torch.no_grad(), computing_wide(model):
             found = {
                 name: _judge(metric, model, batch, declared)
                 for name, batch in _batches(input_ids).items()
@@ -151,38 +151,74 @@ def _judge(metric: Metric, model: Any, batch: Batch, declared: str) -> tuple[flo
         losses, logits = _losses(model, batch), _logits(model, batch)
     mask = _mask(batch)
     expected = _mean(losses, mask)
-    value = float(metric(model, {name: tensor.clone() for name, tensor in batch.items()}))
+    value, again = (
+        float(metric(model, {name: tensor.clone() for name, tensor in batch.items()}))
+        for _ in range(2)
+    )
+    model.eval()
     largest, vocabulary = float(logits.abs().max()), logits.shape[-1]
     bound = 2.0**-24 * (4 * largest + vocabulary + int(mask.sum()) * expected)
-    ratio = abs(value - expected) / bound
+    ratio = max(abs(found - expected) / bound for found in (value, again))
     if not math.isfinite(ratio):
         return math.inf, f"{value} nats per token"
     if ratio <= 1:
         return ratio, f"{value:.6g} nats per token"
-    cause = _cause(value, model, batch, declared, bound)
+    if abs(value - again) > 2 * bound:
+        cause = f", and {again:.6g} when asked again: dropout or sampling is on"
+    else:
+        cause = _cause(value, model, batch, declared, bound)
     return ratio, f"{value:.6g} instead of {expected:.6g} nats per token{cause}"
 
 
 def _cause(value: float, model: Any, batch: Batch, declared: str, bound: float) -> str:
     """What else the number is, if it is something known."""
-    mask = _mask(batch)
     with _declared(model, declared):
-        losses = _losses(model, batch, counted=False)
-    full = batch["attention_mask"].bool()
-    rows = [_mean(row, kept) for row, kept in zip(losses, mask, strict=True)]
-    mirrored = full.flip(1)[:, 1:] & full.flip(1)[:, :-1]
-    known = {
-        "the labels are not shifted": _mean(_losses(model, batch, 0, counted=False), full),
-        "padding is counted": float(losses.mean()),
-        "the first token after padding is predicted from it": _mean(losses, full[:, 1:]),
-        "the mask is of the other side": _mean(losses, mirrored),
-        "it is the mean of the texts' means": sum(rows) / len(rows),
-    }
+        known = _other_means(model, batch)
     if hasattr(model, "disable_adapter"):
         other = DECLARED[declared == "adapted"]
         with _declared(model, other):
-            known[f"it is that of the {other} model"] = _mean(_losses(model, batch), mask)
-    return next((f": {name}" for name, number in known.items() if abs(number - value) <= bound), "")
+            known[f"it is that of the {other} model"] = _mean(_losses(model, batch), _mask(batch))
+    found = next((name for name, number in known.items() if abs(number - value) <= bound), "")
+    if not found:
+        with _declared(model, declared):
+            found = _divisor(value, _losses(model, batch), _mask(batch), bound)
+    return f": {found}" if found else ""
+
+
+def _other_means(model: Any, batch: Batch) -> dict[str, float]:
+    """What other ways of taking the mean give, by what is wrong with them."""
+    mask, full = _mask(batch), batch["attention_mask"].bool()
+    losses = _losses(model, batch, counted=False)
+    unmasked = _losses(model, {**batch, "attention_mask": torch.ones_like(full).long()})
+    rows = [_mean(row, kept) for row, kept in zip(losses, mask, strict=True)]
+    mirrored = full.flip(1)[:, 1:] & full.flip(1)[:, :-1]
+    return {
+        "the labels are not shifted": _mean(_losses(model, batch, 0, counted=False), full),
+        "padding is counted": float(losses.mean()),
+        "the first token after padding is predicted from it": _mean(losses, full[:, 1:]),
+        "what follows a text, its padding, is predicted from it": _mean(losses, full[:, :-1]),
+        "the mask is of the other side": _mean(losses, mirrored),
+        "it is the mean of the texts' means": sum(rows) / len(rows),
+        "the model is not given the mask": _mean(unmasked, mask),
+        "the model is not given the mask, and padding is counted": float(unmasked.mean()),
+        "the first token of each text is masked": _without_first(model, batch),
+    }
+
+
+def _without_first(model: Any, batch: Batch) -> float:
+    """The mean loss where the model does not see where texts begin."""
+    mask = batch["attention_mask"].clone()
+    mask[torch.arange(len(mask)), mask.argmax(1)] = 0
+    return _mean(_losses(model, {**batch, "attention_mask": mask}, counted=False), _mask(batch))
+
+
+def _divisor(value: float, losses: torch.Tensor, mask: torch.Tensor, bound: float) -> str:
+    """The number that the sum of the losses was divided by, where that is a whole one."""
+    total, tokens = float(losses[mask].sum()), int(mask.sum())
+    count = round(total / value) if value else 0
+    if count > 0 and count != tokens and abs(total / count - value) <= bound * tokens / count:
+        return f"the sum is divided by {count}, not by the {tokens} tokens that are predicted"
+    return ""
 
 
 @contextlib.contextmanager

@@ -7,25 +7,25 @@ adapted model's, up to the rounding that model has itself.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_lora.checks.bits import is_routed
+from pytest_lora.checks.bits import is_routed, median_rms, rms
+from pytest_lora.checks.parts import explain
 from pytest_lora.checks.reload import Errors
 from pytest_lora.errors import NotApplicable, UsageError
-from pytest_lora.numerics.streaming import computing_in
-from pytest_lora.probe import output_of
+from pytest_lora.probe import computing_wide, output_of
 from pytest_lora.records import Measurement
 
 if TYPE_CHECKING:
     from pytest_lora.subject import Subject
 
-__all__ = ["Mixed", "Serve", "measure_serving_parity", "widened"]
+__all__ = ["Mixed", "Serve", "measure_serving_parity"]
 
 Serve = Callable[[Any], torch.Tensor]
 """``serve(name)``: what is served for the probe inputs with the adapter of that name; None, which
@@ -49,11 +49,10 @@ class _Reference:
     base: torch.Tensor
     routed: bool
 
-    def row(self, index: int) -> _Reference:
-        """The same of one row."""
-        part = slice(index, index + 1)
+    def part(self, rows: slice) -> _Reference:
+        """The same of some rows."""
         return _Reference(
-            self.name, self.output[part], self.wide[part], self.base[part], self.routed
+            self.name, self.output[rows], self.wide[rows], self.base[rows], self.routed
         )
 
     def ratio(self, found: torch.Tensor) -> float:
@@ -65,6 +64,31 @@ class _Reference:
         found = found.detach().to(self.output.device, dtype)
         return Errors.of(found, self.output, self.wide, typical=self.routed).ratio
 
+    def apart(self, one: torch.Tensor, other: torch.Tensor) -> float:
+        """How far two outputs are from each other, in multiples of the model's own error."""
+        errors = Errors.of(self.output, self.output, self.wide, typical=self.routed)
+        own = max(errors.unmerged, errors.floor, sys.float_info.min)
+        gap = one.double().to(self.output.device) - other.double().to(self.output.device)
+        return (median_rms if self.routed else rms)(gap) / own
+
+    def clear(self, allowed: float) -> float:
+        """The size of the adapter's effect in multiples of what passes for the same output."""
+        return self.apart(self.output, self.base) / (allowed + 1)
+
+    def places(self, one: torch.Tensor, other: torch.Tensor, allowed: float) -> torch.Tensor:
+        """Where along all dimensions but the last two outputs are the same: n places whose root
+        mean square is within a bound are each within sqrt(n) times that bound.
+        """
+        errors = Errors.of(self.output, self.output, self.wide, typical=False)
+        gaps = (one.double() - other.double()).square().mean(-1).sqrt()
+        bound = max(errors.unmerged, errors.floor) * (allowed + 1) * math.sqrt(gaps.numel())
+        within: torch.Tensor = gaps <= bound
+        return within
+
+    def of_base(self) -> _Reference:
+        """What the base model's output would have to be."""
+        return _Reference(_BASE, self.base, self.base.double(), self.base, self.routed)
+
 
 def measure_serving_parity(
     serve: Serve,
@@ -72,6 +96,7 @@ def measure_serving_parity(
     *,
     base: bool = False,
     mixed: Mixed | None = None,
+    allowed: float = 2.0,
 ) -> Measurement:
     """How far what is served under each name is from that adapter's output.
 
@@ -85,6 +110,8 @@ def measure_serving_parity(
             an adapter that was served may not show in what follows it.
         mixed: ``mixed(names)``: outputs for the probe inputs in one batch, each row with the
             adapter of its name; asked until every row had every name.
+        allowed: what will pass.  Nothing else than an adapter's output may, and an answer that does
+            not is explained.
 
     Returns:
         The largest root mean square distance of an answer from the output in the wider format, in
@@ -92,8 +119,8 @@ def measure_serving_parity(
 
     Raises:
         UsageError: there is no adapter, or nothing to mix: one name, one row, other inputs.
-        NotApplicable: an adapter does not change the output, or two give the same, so that nothing
-            could be told.
+        NotApplicable: the base model's output, or another adapter's, would pass for an adapter's,
+            so that nothing could be told.
     """
     if not subjects:
         raise UsageError("serving parity needs at least one adapter")
@@ -103,37 +130,50 @@ def measure_serving_parity(
     for name, subject in subjects.items():
         asked[name] = _reference(name, subject)
     references = [asked[name] for name in subjects]
-    _require_different(references)
+    _require_different(references, allowed)
     if mixed is not None:
         _require_one_batch(subjects, len(asked))
     answers = list(_answers(serve, asked))
     if mixed is not None:
         answers += _mixed_answers(mixed, asked)
     worst = max(answers, key=lambda answer: answer.ratio)
+    said = _Diagnosis(asked, subjects, allowed).of(worst, answers)
+    after = f", asked after {worst.after}" if worst.after else ""
     return Measurement(
         value=worst.ratio,
         unit=UNIT,
         count=sum(reference.output.numel() for reference in references),
-        where=worst.where,
+        where=f"{worst.asked}{after}: {said}",
         details={"answers": [{"asked": a.asked, "ratio": a.ratio} for a in answers]},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """One answer: what was asked for, how far off it is, and what it is instead."""
+    """One answer: what was asked for, in which words, what came, and how far off it is.
 
+    ``after`` is who was asked for before, ``row`` the row of the probe inputs that it is of, None
+    where it is of all of them.
+    """
+
+    name: str | None
     asked: str
+    found: torch.Tensor
     ratio: float
-    where: str
+    row: int | None = None
+    after: str = ""
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the probe inputs that it is of."""
+        return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
 
 def _answers(serve: Serve, asked: Mapping[str | None, _Reference]) -> Iterator[_Answer]:
     before = ""
     for name, wanted in (*asked.items(), *asked.items()):
-        found = serve(name)
-        ratio = wanted.ratio(found)
-        yield _Answer(wanted.name, ratio, _where(found, wanted, asked.values(), before, ratio))
+        found = serve(name).detach().clone()  # what is served next may be written over it
+        yield _Answer(name, wanted.name, found, wanted.ratio(found), after=before)
         before = wanted.name
 
 
@@ -143,10 +183,21 @@ def _mixed_answers(mixed: Mixed, asked: Mapping[str | None, _Reference]) -> Iter
     rows = len(next(iter(asked.values())).output)
     for turn in range(len(names)):
         order = [names[(row + turn) % len(names)] for row in range(rows)]
-        found = mixed(list(order))
-        wanted = _rows_of(order, asked)
-        ratio = wanted.ratio(found)
-        yield _Answer(wanted.name, ratio, _worst_row(found, order, asked, ratio))
+        yield _worst_row(mixed(list(order)).detach(), order, asked)
+
+
+def _worst_row(
+    found: torch.Tensor, order: Sequence[str | None], asked: Mapping[str | None, _Reference]
+) -> _Answer:
+    """The ratio of a whole batch, with the row that is furthest off."""
+    wanted = _rows_of(order, asked)
+    ratio = wanted.ratio(found)
+    if found.shape != wanted.output.shape:
+        return _Answer(order[0], wanted.name, found, ratio)
+    gaps = (found.to(wanted.output.device).double() - wanted.output.double()).flatten(1)
+    row = int(gaps.norm(dim=1).nan_to_num(math.inf, math.inf).argmax())
+    said = f"{wanted.name}: row {row}, {asked[order[row]].name}"
+    return _Answer(order[row], said, found[row : row + 1], ratio, row)
 
 
 def _rows_of(order: Sequence[str | None], asked: Mapping[str | None, _Reference]) -> _Reference:
@@ -166,23 +217,6 @@ def _stacked(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([output[row] for row, output in enumerate(outputs)])
 
 
-def _worst_row(
-    found: torch.Tensor,
-    order: Sequence[str | None],
-    asked: Mapping[str | None, _Reference],
-    ratio: float,
-) -> str:
-    """The row that is furthest off, as an answer of its own."""
-    wanted = _rows_of(order, asked)
-    if found.shape != wanted.output.shape or not bool(found.isfinite().all()):
-        return _where(found, wanted, (), "", ratio)
-    gaps = (found.detach().to(wanted.output.device).double() - wanted.output.double()).flatten(1)
-    row = int(gaps.norm(dim=1).argmax())
-    others = [reference.row(row) for reference in asked.values()]
-    said = _where(found[row : row + 1], asked[order[row]].row(row), others, "", ratio)
-    return f"{wanted.name}: row {row}, {said}"
-
-
 def _require_one_batch(subjects: Mapping[str, Subject], names: int) -> None:
     """All adapters on the same inputs, of two rows at least, and two names to give them."""
     if names < 2:
@@ -200,7 +234,7 @@ def _require_one_batch(subjects: Mapping[str, Subject], names: int) -> None:
 
 def _reference(name: str, subject: Subject) -> _Reference:
     base, output = subject.base_output(), subject.output()
-    with widened(subject.model):
+    with computing_wide(subject.model):
         wide = subject.output().double()
     routed = is_routed(subject.base.module)
     subject.release()
@@ -211,63 +245,186 @@ def _base_reference(subject: Subject) -> _Reference:
     """The untouched base model's output, and the same in the wider format."""
     base = subject.base_output()
     with subject.base.bare() as module:
-        with widened(module):
+        with computing_wide(module):
             wide = output_of(module, subject.inputs).double()
         routed = is_routed(module)
     return _Reference(_BASE, base, wide, base, routed)
 
 
-def widened(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """The model computes in float64, one module's weights at a time."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return computing_in(model, torch.float64, whole=lambda m: isinstance(m, BaseTunerLayer))
-
-
-def _require_different(references: Iterable[_Reference]) -> None:
-    known: dict[str, torch.Tensor] = {}
-    for reference in references:
-        known.setdefault(_BASE, reference.base)
-        for other, output in known.items():
-            if torch.equal(reference.output, output):
-                told = f"the output with {reference.name} is that of {other}"
-                raise NotApplicable(f"{told}: nothing to tell")
-        known[reference.name] = reference.output
+def _require_different(references: Sequence[_Reference], allowed: float) -> None:
+    """Nothing but an adapter's own output may pass for it."""
+    known = [(_BASE, references[0].base), *((one.name, one.output) for one in references)]
+    for wanted in references:
+        for name, output in known:
+            away = math.inf if name == wanted.name else wanted.ratio(output)
+            if away <= allowed:
+                raise NotApplicable(
+                    f"the output of {name} is {away:.3g} {UNIT} away from that of {wanted.name},"
+                    f" and {allowed:g} would pass: nothing to tell; take inputs that show more of"
+                    " the adapter, a wider format, or a smaller bound"
+                )
 
 
-def _where(
-    found: Any, wanted: _Reference, all_of_them: Iterable[_Reference], before: str, ratio: float
-) -> str:
-    """The answer at fault and what it is instead, as far as that can be seen."""
-    asked = f"{wanted.name}, asked after {before}" if before else wanted.name
-    if found.shape != wanted.output.shape:
-        shapes = f"{list(found.shape)} instead of {list(wanted.output.shape)}"
-        return f"{asked}: an output of shape {shapes}"
-    if not bool(found.isfinite().all()):
-        return f"{asked}: the output is not finite"
-    found = found.detach().to(wanted.output.device)
-    nearest = min(
-        (other for other in all_of_them if other.name not in (wanted.name, _BASE)),
-        key=lambda other: _distance(found, other.output),
-        default=wanted,
-    )
-    to_base, to_nearest = _distance(found, wanted.base), _distance(found, nearest.output)
-    if ratio > 1 and to_base <= to_nearest and to_base < _distance(found, wanted.output):
-        return f"{asked}: nearer to the base model's output: most of the adapter is not used"
-    if to_nearest < _distance(found, wanted.output):
+# ------------------------------------------------------------------------------ what it is instead
+
+
+@dataclass(frozen=True, slots=True)
+class _Diagnosis:
+    """What an answer is instead of the one that was asked for, as far as that can be seen."""
+
+    asked: Mapping[str | None, _Reference]
+    subjects: Mapping[str, Subject]
+    allowed: float
+
+    def of(self, answer: _Answer, answers: Sequence[_Answer]) -> str:
+        """In words."""
+        known = {name: reference.part(answer.rows) for name, reference in self.asked.items()}
+        wanted, found = known[answer.name], answer.found
+        if found.shape != wanted.output.shape:
+            return f"an output of shape {list(found.shape)} instead of {list(wanted.output.shape)}"
+        if not bool(found.isfinite().all()):
+            return "the output is not finite"
+        found = found.to(wanted.output.device)
+        numbers = _in_numbers(found, wanted, answer.ratio)
+        if answer.ratio <= self.allowed:
+            return numbers
+        others = [other for other in known.values() if other.name not in (wanted.name, _BASE)]
+        exactly = self._exactly(answer, found, wanted, others)
         return (
-            f"{asked}: nearer to the output of {nearest.name}: is a cache or a slot kept by name?"
+            exactly
+            or self._not_repeated(answer, answers, wanted)
+            or numbers
+            + (
+                _where_wrong(found, wanted, others, self.allowed)
+                or "; "
+                + (self._not_searched(wanted) if exactly is None else _unexplained(found, wanted))
+            )
         )
+
+    def _not_searched(self, wanted: _Reference) -> str:
+        clear = wanted.clear(self.allowed)
+        return _NOT_SEARCHED if clear >= _CLEAR else f"the effect is {clear:.2g} {_TOO_LITTLE}"
+
+    def _exactly(
+        self,
+        answer: _Answer,
+        found: torch.Tensor,
+        wanted: _Reference,
+        others: Sequence[_Reference],
+    ) -> str | None:
+        """Something known that it is, up to rounding; None if nobody looked to the end."""
+
+        def same(output: torch.Tensor) -> bool:
+            return wanted.apart(found, output) <= self.allowed + 1  # its own error, and the other's
+
+        if same(wanted.output):
+            return ""
+        for other in others:
+            if same(other.output):
+                return f"the output of {other.name}: is a cache or a slot kept by name?"
+        if answer.name is None:
+            return ""
+        clear = wanted.clear(self.allowed)
+        if clear >= _TELLING and same(wanted.base):
+            return "the base model's output: nothing of the adapter is used"
+        if clear < _CLEAR:
+            return None
+        rest = {name: subject for name, subject in self.subjects.items() if name != answer.name}
+        return explain(self.subjects[answer.name], same, found, answer.rows, rest)
+
+    def _not_repeated(self, answer: _Answer, answers: Sequence[_Answer], wanted: _Reference) -> str:
+        """Whether the same question had another answer the other time."""
+        if answer.row is not None:
+            return ""
+        same = [one.found for one in answers if one.name == answer.name and one.row is None]
+        away = wanted.apart(*same) if same[0].shape == same[1].shape else math.inf
+        if away <= 2 * self.allowed:
+            return ""
+        return (
+            f"the same was asked twice, and the answers are {away:.3g} {UNIT} from each other:"
+            " dropout or sampling is on, or being asked changes what is served"
+        )
+
+
+_TELLING, _CLEAR = 4.0, 16.0
+"""How many times what passes an effect has to be, so that none of it can be told from some of it,
+and so that its parts and places can: scalings to a sixteenth.
+"""
+_TOO_LITTLE = "times what passes, too little to say what this is instead: ask in a wider format"
+_NOT_SEARCHED = "what it is instead was looked for too long: ask with a smaller model"
+
+_SMALL = 2.0**-4
+"""Share of an adapter's effect up to which a coarser format is the first thing to think of."""
+
+
+def _unexplained(found: torch.Tensor, wanted: _Reference) -> str:
+    """Where to look if nothing that is known gives the answer."""
     if wanted.name == _BASE:
-        return f"{asked}: {ratio:.3g} {UNIT}"
-    effect = wanted.output.double() - wanted.base.double()
-    share = float((found.double() - wanted.base.double()).flatten() @ effect.flatten())
-    share /= float(effect.square().sum()) or math.nan
-    return f"{asked}: {ratio:.3g} {UNIT}; {share:.3g} times the adapter's effect"
+        return (
+            "something served before is still in it, its weights were written over, or it is"
+            " another base model"
+        )
+    off = _off(found, wanted)
+    if off <= _SMALL:
+        return (
+            f"off by {off:.2g} of that effect, as a coarser format or quantised weights make it: if"
+            " they are meant, give a bound of your own"
+        )
+    return (
+        "no other scaling and no part left out gives it: look for rows, columns or factors in"
+        " another order, another base model, or more than one fault"
+    )
 
 
-def _distance(found: torch.Tensor, other: torch.Tensor) -> float:
-    """How far apart two outputs are; infinite if their shapes differ."""
-    if found.shape != other.shape:
-        return math.inf
-    return float((found.double() - other.double()).norm())
+def _off(found: torch.Tensor, wanted: _Reference) -> float:
+    """The size of the error over that of the adapter's effect."""
+    effect = float(_flat(wanted.output, wanted.base).norm())
+    return float(_flat(found, wanted.output).norm()) / effect if effect else math.inf
+
+
+def _where_wrong(
+    found: torch.Tensor, wanted: _Reference, others: Sequence[_Reference], allowed: float
+) -> str:
+    """Which places of the rows are wrong, and whose output is there, where others are right."""
+    if found.dim() != 3 or wanted.routed or wanted.clear(allowed) < _CLEAR:
+        return ""
+    same = wanted.places(wanted.base, wanted.output, allowed)  # whoever is right there says nothing
+    right = wanted.places(found, wanted.output, allowed) & ~same
+    said = f"; right at {_places(right)}" if right.any() else ""
+    for other in (*others, wanted.of_base()):
+        common = wanted.places(other.output, wanted.output, allowed)
+        theirs = wanted.places(found, other.output, allowed) & ~common
+        if theirs.any():
+            return f"{said}; at {_places(theirs)} the output of {other.name}"
+    return f"{said}, wrong at {_places(~right & ~same)}" if said else ""
+
+
+def _places(chosen: torch.Tensor) -> str:
+    """``(row, place)`` flags in words: whole rows, else places that are the same in all rows."""
+    rows, columns = chosen.any(1), chosen.any(0)
+    if bool((chosen.all(1) == rows).all()):
+        return f"row {_ranges(rows)}"
+    if bool((chosen.all(0) == columns).all()):
+        return f"place {_ranges(columns)}"
+    return f"{int(chosen.sum())} of {chosen.numel()} places"
+
+
+def _ranges(flags: torch.Tensor) -> str:
+    chosen = [place for place, flag in enumerate(flags.tolist()) if flag]
+    starts = [place for place in chosen if place - 1 not in chosen]
+    ends = [place for place in chosen if place + 1 not in chosen]
+    said = [f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(said[:4]) + (", ..." if len(said) > 4 else "")
+
+
+def _flat(output: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return (output.double() - base.double()).flatten()
+
+
+def _in_numbers(found: torch.Tensor, wanted: _Reference, ratio: float) -> str:
+    said = f"{ratio:.3g} {UNIT}"
+    if wanted.name == _BASE:
+        return said
+    effect = _flat(wanted.output, wanted.base)
+    share = float(_flat(found, wanted.base) @ effect) / (float(effect.square().sum()) or math.nan)
+    return f"{said}; {share:.3g} times the adapter's effect"

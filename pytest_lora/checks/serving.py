@@ -44,6 +44,7 @@ _VLLM_LATER = "snapshot of August 2026, without a word; later copies of the file
 _SGLANG_AT = "commit 0ceb81fe, which does not read the setting"
 _LORAX_AT = "commit a7394ba3, May 2026"
 _LLAMA_AT = "commit 0b03adaa"
+_EXPERTS = "compare what it serves with the adapted model"
 _MERGE = "merge it into the base model and serve that, or train without it"
 
 
@@ -401,6 +402,14 @@ RULES: tuple[Rule, ...] = (
         "vllm-project/vllm vllm/lora/lora_model.py",
     ),
     Rule(
+        "vllm/experts",
+        "may reject",
+        _fused_experts,
+        f"{_EXPERTS}, or {_MERGE}",
+        "2026: dropped (41384) or rejected (52194) by some models, read by others",
+        "vllm-project/vllm vllm/lora/model_manager.py",
+    ),
+    Rule(
         "vllm/scaling",
         "scales",
         _vllm_scale,
@@ -439,6 +448,14 @@ RULES: tuple[Rule, ...] = (
     Rule("sglang/bias", "drops", _bias, _MERGE, _SGLANG_AT, _SGLANG),
     Rule("sglang/lora_bias", "drops", _lora_bias, _MERGE, _SGLANG_AT, _SGLANG),
     Rule("sglang/init", "drops", _base_changing_init, _MERGE, _SGLANG_AT, _SGLANG),
+    Rule(
+        "sglang/experts",
+        "may reject",
+        _fused_experts,
+        f"start it with --lora-strict-loading, {_EXPERTS}, or {_MERGE}",
+        "June 2026 (27381): dropped without a word; later versions read some models'",
+        _SGLANG_LORA,
+    ),
     Rule(
         "sglang/scaling",
         "scales",

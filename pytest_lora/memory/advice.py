@@ -43,14 +43,14 @@ def advice(peak: MemoryPeak, request: Mapping[str, Json] | None = None) -> list[
     """
     known = request or {}
     held = peak.by_category
-    training = _unless(known, "job", ("train_step",))
+    # Of a block nobody described, what ran in it tells.
+    job = known.get("job", "train_step" if "backward" in peak.phases else "inference")
     checkpointed = not _unless(known, "checkpointing", ("off",))
     plain = _unless(known, "autocast", ("off",))
-    infers = "job" in known and known["job"] == "inference"
     base = _HALF_BASE if known.get("dtype") in ("bfloat16", "float16") else _BASE
     options = (
-        (held.get("forward", 0), training and not checkpointed, _CHECKPOINT),
-        (held.get("forward", 0), infers, _BATCH),
+        (held.get("forward", 0), job == "train_step" and not checkpointed, _CHECKPOINT),
+        (held.get("forward", 0), job == "inference", _BATCH),
         (held.get("logits", 0), True, _LOGITS),
         (_copies(peak), plain and _unless(known, "adapter_dtype", ("auto", "float32")), _COPIES),
         (_copies(peak), not plain and known.get("dtype") == "float32", _CASTS),

@@ -186,6 +186,7 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # A minus behind a word, a number or a bracket subtracts or joins.
 _NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:[$\u20ac\u00a3] ?-?)?(?:{_DIGITS})")
 _MARK = "####"
+_LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +206,11 @@ class FinalNumber:
 def final_number(text: str) -> Decimal | None:
     """The first number behind the last ``####``, or the last number where there is none there.
 
-    Thousands separators, decimals, a minus sign and a currency sign are understood, and a full stop
-    after a number is none of it: ``$1,450,000.`` is 1450000, ``-0.50`` is -0.5.  A minus right
-    behind a digit, a letter or a bracket subtracts: ``10-6`` ends in 6.
+    Thousands separators (LaTeX's ``1{,}450``, too), decimals, a minus sign and a currency sign are
+    understood, and a full stop after a number is none of it: ``$1,450,000.`` is 1450000, ``-0.50``
+    is -0.5.  A minus right behind a digit, a letter or a bracket subtracts: ``10-6`` ends in 6.
     """
-    text = text[-MOST_READ:].replace("\u2212", "-")
+    text = _LATEX_COMMA.sub(",", text[-MOST_READ:].replace("\u2212", "-"))
     before, mark, behind = text.rpartition(_MARK)
     if mark:
         found = _numbers(behind)

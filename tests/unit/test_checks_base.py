@@ -314,6 +314,66 @@ def test_a_dead_target_parameter(folder: Path, adapter: Adapter) -> None:
     assert not any("norm.weight" in problem.found for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("given", "there"), [("model.language_model.", "model."), ("", "model."), ("body.", "model.")]
+)
+def test_another_class_of_the_same_model(
+    folder: Path, adapter: Adapter, given: str, there: str
+) -> None:
+    def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        old, new = f"base_model.model.{there}", f"base_model.model.{given}"
+        return {key.replace(old, new): tensor for key, tensor in tensors.items()}
+
+    [problem, *_] = measure_base_compatibility(
+        tiny.rewrite_weights(adapter, moved), folder
+    ).problems
+    assert "do not fit" in problem.found
+    assert f"has all of them under {there!r} in place of {given!r}" in problem.fix
+
+
+def test_the_same_tensors_under_two_names(folder: Path, adapter: Adapter) -> None:
+    def doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = {key: key.replace("model.layers", "text.layers") for key in tensors}
+        return {**tensors, **{names[key]: tensor.clone() for key, tensor in tensors.items()}}
+
+    twice = tiny.rewrite_weights(adapter, doubled)
+    [problem, *_] = measure_base_compatibility(twice, folder).problems
+    assert "under 'text.' are in the file as 'model.' as well: remove them" in problem.fix
+
+
+def test_what_is_nowhere_is_not_said_to_be_elsewhere(folder: Path, adapter: Adapter) -> None:
+    def beyond(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key.replace("layers.1.", "layers.91."): t for key, t in tensors.items()}
+
+    [problem, *_] = measure_base_compatibility(
+        tiny.rewrite_weights(adapter, beyond), folder
+    ).problems
+    assert "--lora-base-model" in problem.fix
+
+
+def test_two_fused_parameters_of_one_module(tmp_path: Path) -> None:
+    """PEFT nests their wrappers, so that the second one's factors lie under ``base_layer``."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_experts=4, num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    base = transformers.Qwen3MoeForCausalLM(config)
+    if not hasattr(base.model.layers[0].mlp.experts, "gate_up_proj"):
+        pytest.skip("experts are no fused parameters in this transformers")
+    tiny.save_base(base, tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = make(tmp_path / "a", base, target_modules=["q_proj"], target_parameters=names)
+    assert measure_base_compatibility(adapter, tmp_path / "base").problems == ()
+    moved = tiny.rewrite_weights(
+        adapter,
+        lambda tensors: {key.replace("experts", "expert"): t for key, t in tensors.items()},
+    )
+    problems = measure_base_compatibility(moved, tmp_path / "base").problems
+    assert any("8 of 12 tensors do not fit" in problem.found for problem in problems)
+
+
 # ---------------------------------------------------------------------------- PEFT's own view
 
 

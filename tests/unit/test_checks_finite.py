@@ -218,6 +218,40 @@ def test_gaussian_factors_with_a_zero_b_are_left_alone(tmp_path: Path) -> None:
     assert measure(tmp_path / "a", *entries).value == 0
 
 
+@pytest.mark.parametrize(
+    ("label", "scale", "told"),
+    [("F16", 1e-6, True), ("F16", 1e-4, False), ("BF16", 1e-6, False), ("F16", 0.0, False)],
+)
+def test_factors_float16_cannot_hold_are_remarked(
+    tmp_path: Path, label: str, scale: float, told: bool
+) -> None:
+    found = measure(tmp_path / "a", *factors(label, weights(scale), as_=label))
+    assert found.value == 0
+    assert [note.startswith("2 of 2 F16 factors are so small") for note in found.notes] == (
+        [True] if told else []
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-5, 2e-6])
+def test_the_remark_comes_where_bfloat16_would_keep_more(tmp_path: Path, scale: float) -> None:
+    values = weights(scale)
+    told = bool(measure(tmp_path / "a", *factors("F16", values, as_="F16")).notes)
+    in_float16 = sum((rounded("e", value) - value) ** 2 for value in values)
+    in_bfloat16 = sum((to_bfloat16(value) - value) ** 2 for value in values)
+    assert told == (scale < 4e-5)
+    assert not told or in_float16 > in_bfloat16
+
+
+def rounded(code: str, value: float) -> float:
+    return float(struct.unpack(f"<{code}", struct.pack(f"<{code}", value))[0])
+
+
+def to_bfloat16(value: float) -> float:
+    """``value`` with eight bits of mantissa, to the nearest."""
+    fraction, power = math.frexp(value)
+    return math.ldexp(round(fraction * 256) / 256, power)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real adapters are not here")
 def test_real_adapters_are_finite() -> None:
     for path in SHARED.iterdir():

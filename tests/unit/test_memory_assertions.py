@@ -350,6 +350,24 @@ def test_advice_is_about_what_is_there_and_not_yet_done() -> None:
     assert "casts" not in first(**small)
 
 
+def test_advice_on_a_block_is_about_what_ran_in_it() -> None:
+    def told(train: bool) -> str:
+        layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh())
+
+        def step() -> None:
+            out = layers(torch.ones(512, 64)).sum()
+            if train:
+                out.backward()
+
+        with pytest.raises(CheckFailed) as failed, limit_memory(1024):
+            step()
+        return failed.value.result.advice
+
+    assert "gradient checkpointing" in told(train=True)
+    assert "fewer rows" in told(train=False)
+    assert "gradient checkpointing" not in told(train=False)
+
+
 # -------------------------------------------------------------------------------- golden bytes
 
 

@@ -52,8 +52,8 @@ def test_a_finer_answer_than_the_models_own_is_no_fault(subject: Subject) -> Non
 @pytest.mark.parametrize(
     ("served", "says"),
     [
-        (lambda output, base: base, "nearer to the base model's output"),
-        (lambda output, base: base + 0.75 * (output - base), "0.75 times the adapter's effect"),
+        (lambda output, base: base, "default: the base model's output: nothing of"),
+        (lambda output, base: base + 0.75 * (output - base), "0.75 times the adapter's effect; no"),
         (lambda output, base: output.bfloat16(), "at most 2"),
         (lambda output, base: output[:1], "shape"),
         (lambda output, base: output * float("nan"), "not finite"),
@@ -119,7 +119,7 @@ def test_an_adapter_that_stays_on_for_the_base_model(served: Any) -> None:
     lora.assert_serving_parity(serve, subjects)  # nobody asks
     last.clear()
     with pytest.raises(
-        CheckFailed, match=r"the base model, asked after second: nearer to .*second"
+        CheckFailed, match=r"the base model, asked after second: the output of second"
     ):
         lora.assert_serving_parity(serve, subjects, base=True)
 
@@ -128,9 +128,9 @@ def test_an_adapter_that_stays_on_for_the_base_model(served: Any) -> None:
     ("broken", "says"),
     [
         (lambda names: [names[0]] * 2, "a mixed batch of .*: row 1"),
-        (lambda names: names[::-1], "nearer to the output of"),
-        (lambda names: [name or "first" for name in names], "the base model: nearer to .*first"),
-        (lambda names: [None, names[1]], "row 0, .*nearer to the base model's output"),
+        (lambda names: names[::-1], ": the output of"),
+        (lambda names: [name or "first" for name in names], "the base model: the output of first"),
+        (lambda names: [None, names[1]], "row 0, .*the base model's output"),
         (lambda names: names[:1], "shape"),
     ],
     ids=["one for all", "reversed", "none is the first", "none is none", "a row less"],
@@ -214,9 +214,38 @@ def _adapter_off(model: Any, batch: Batch) -> torch.Tensor:
         return _loss(model, batch)
 
 
+def _without_mask(model: Any, batch: Batch) -> torch.Tensor:
+    return _loss(model, {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])},
+                 _kept(batch))  # fmt: skip
+
+
+def _kept(batch: Batch) -> torch.Tensor:
+    mask = batch["attention_mask"].bool()
+    return mask[:, 1:] & mask[:, :-1]
+
+
+def _first_masked(model: Any, batch: Batch) -> torch.Tensor:
+    mask = batch["attention_mask"].clone()
+    mask[torch.arange(len(mask)), mask.argmax(1)] = 0
+    return _loss(model, {**batch, "attention_mask": mask}, _kept(batch))
+
+
+def _by_all_tokens(model: Any, batch: Batch) -> torch.Tensor:
+    count = batch["attention_mask"].sum()
+    return _loss(model, batch) * _kept(batch).sum() / count
+
+
+def _one_too_many(model: Any, batch: Batch) -> torch.Tensor:
+    return _loss(model, batch, batch["attention_mask"].bool()[:, :-1])
+
+
+def _in_training_mode(model: Any, batch: Batch) -> torch.Tensor:
+    return _loss(model.train(), batch)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return trained(llama(), lora_config("q_proj"))
+    return trained(llama(), lora_config("q_proj", lora_dropout=0.1))
 
 
 def test_a_sound_metric_passes_and_the_model_is_as_before(model: Any) -> None:
@@ -236,6 +265,11 @@ def test_a_sound_metric_passes_and_the_model_is_as_before(model: Any) -> None:
         (_padding_counted, "padding is counted"),
         (_of_means, "mean of the texts' means"),
         (_adapter_off, "that of the base model"),
+        (_without_mask, "the model is not given the mask"),
+        (_first_masked, "the first token of each text is masked"),
+        (_by_all_tokens, "the sum is divided by 12, not by the 11 tokens that are predicted"),
+        (_one_too_many, "what follows a text, its padding, is predicted from it"),
+        (_in_training_mode, "when asked again: dropout or sampling is on"),
         (lambda model, batch: float("nan"), "nan nats"),
     ],
 )

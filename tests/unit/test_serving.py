@@ -149,7 +149,8 @@ EXPERTS: Tensors = {f"{P}layers.0.experts.lora_{factor}.weight": ((8, 8), 1.0) f
         ({}, {"alora_invocation_tokens": [1], "use_qalora": True}, {"vllm": ["variant"]}),
         ({}, {"target_modules": ".*_proj"}, {"sglang": ["targets"]}),
         ({}, {"target_modules": "all-linear"}, {}),
-        (EXPERTS, {"target_parameters": ["experts.up"]}, {"llama.cpp": ["experts"]}),
+        (EXPERTS, {"target_parameters": ["experts.up"]},
+         {"vllm": ["experts"], "sglang": ["experts"], "llama.cpp": ["experts"]}),
     ],
 )  # fmt: skip
 def test_each_feature_meets_the_rules_meant_for_it(

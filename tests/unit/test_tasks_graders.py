@@ -55,6 +55,10 @@ def test_texts_and_numbers(grader: str, answer: str, reference: str, right: bool
     [
         ("#### -10", "-10"),
         ("#### 1,450,000", "1450000"),
+        (r"\\boxed{1{,}450{,}000}", "1450000"),
+        (r"the profit is $70\,000$", "70000"),
+        (r"$70,\!000$", "70000"),
+        (r"take 3\,5 or 1{,}20", "20"),
         ("\u2212 and \u22123", "-3"),
         ("it is -$3.50", "-3.50"),
         ("it is $-3", "-3"),

@@ -22,6 +22,7 @@ from pytest_lora import (
     UsageError,
     assert_accumulation_equivalent,
     assert_checkpointing_equivalent,
+    measure_accumulation_equivalent,
 )
 from pytest_lora.loading import quiet
 from pytest_lora.numerics.noise import accumulation_error, gradient_noise, sum_unit
@@ -207,6 +208,44 @@ def test_a_mean_of_means_weighs_tokens_unequally(dtype: torch.dtype) -> None:
     assert "divide the summed loss by the number of tokens" in str(error)
     assert error.result.measurement is not None
     assert error.result.measurement.value > (1.5 if dtype == torch.bfloat16 else 1000)
+
+
+@pytest.mark.parametrize("share", [0.5, 4.0])
+def test_one_factor_for_all_gradients_is_named(share: float) -> None:
+    def scaled(model: Any) -> None:
+        (loss_of(model, texts()) * share).backward()
+
+    error = failure(assert_accumulation_equivalent, backward, scaled, model=adapted())
+    assert f"all of them are {share:g} times what they should be" in str(error)
+    other = failure(
+        assert_accumulation_equivalent, backward, micro([[0], [1], [2]]), model=adapted()
+    )
+    assert "all of them are" not in str(other)
+
+
+def test_packed_texts_that_see_each_other() -> None:
+    """Positions tell packed texts apart, unless a mask is passed beside them."""
+    ids = texts()["input_ids"][:2]
+    labels = ids.clone()
+    labels[:, 0] = -100
+    positions = torch.arange(ids.shape[1]).repeat(2)[None]
+
+    def apart(model: Any) -> None:
+        model(input_ids=ids, labels=labels).loss.backward()
+
+    def packed(**options: Any) -> Any:
+        def step(model: Any) -> None:
+            batch = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1)}
+            model(**batch, position_ids=positions, use_cache=False, **options).loss.backward()
+
+        return step
+
+    model = adapted()
+    if measure_accumulation_equivalent(apart, packed(), model=model).value > 1:
+        pytest.skip("this transformers does not tell packed texts by their positions")
+    mask = torch.ones_like(positions)
+    error = failure(assert_accumulation_equivalent, apart, packed(attention_mask=mask), model=model)
+    assert "texts packed in a row may not see each other" in str(error)
 
 
 def test_a_forgotten_micro_batch() -> None:

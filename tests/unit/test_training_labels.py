@@ -147,9 +147,72 @@ def test_a_trainer_is_asked_for_its_first_batch(tmp_path: Path) -> None:
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, {}, "expected both of one shape"),
         ({"input_ids": IDS[0], "labels": IDS[0]}, {}, "rows, places"),
         ({"input_ids": IDS, "labels": IDS, "attention_mask": IDS[:, 1:]}, {}, "attention_mask"),
-        (texts(), {"prompts": [1]}, "1 numbers for 4 rows"),
+        (texts(), {"prompts": [1]}, "1 numbers for 4 texts"),
     ],
 )
 def test_what_is_no_batch(given: Any, options: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         lora.assert_labels_sound(given, **options)
+
+
+# ------------------------------------------------------------------------------ packed rows
+
+
+def packed(by: str) -> Batch:
+    """Two texts in one row: a prompt of three tokens and its answer, and one of two."""
+    tokens = torch.tensor([[1, 11, 12, 13, 2, 1, 21, 22, 23, 2]])
+    labels = tokens.clone()
+    labels[0, :3] = labels[0, 5:7] = -100
+    found = {"input_ids": tokens, "labels": labels}
+    if by == "positions":
+        found["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    elif by == "mask":
+        found["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2]])
+    return found
+
+
+@pytest.mark.parametrize("by", ["positions", "mask"])
+def test_packed_texts_are_judged_one_by_one(by: str) -> None:
+    found = lora.assert_labels_sound(packed(by), end=2, begin=1, prompts=[3, 2])
+    assert (found.details["rows"], found.details["texts"]) == (1, 2)
+    wrong = packed(by)
+    wrong["labels"][0, 6] = 21
+    with pytest.raises(CheckFailed, match=r"row 0, text 1, from place 6 .*1 tokens of the prompt"):
+        lora.assert_labels_sound(wrong, prompts=[3, 2])
+
+
+def test_the_flattening_collator_of_transformers() -> None:
+    from transformers import DataCollatorWithFlattening
+
+    texts = [{"input_ids": [1, 11, 12, 2]}, {"input_ids": [1, 21, 2]}, {"input_ids": [1, 2]}]
+    found = dict(DataCollatorWithFlattening()(texts))
+    assert lora.assert_labels_sound(found, end=2, begin=1).details["texts"] == len(texts)
+    found["labels"][0, 4] = 1
+    with pytest.raises(CheckFailed, match="its first token is taught"):
+        lora.assert_labels_sound(found, end=2, begin=1)
+
+
+@pytest.mark.parametrize(
+    ("place", "token", "label", "says"),
+    [
+        (5, 1, 1, r"row 0, text 1, from place 5 .*its first token is taught .*the text before it"),
+        (4, 2, -100, r"row 0, text 0, from place 4 .*the end token is ignored"),
+        (4, 14, 14, r"row 0, text 0, .*the text ends without an end token"),
+        (5, 20, -100, r"row 0, text 1: it begins with 0 times token 1"),
+        (slice(5, 10), 9, -100, r"row 0, text 1: every label is ignored"),
+    ],
+)
+def test_faults_within_a_packed_row(place: Any, token: int, label: int, says: str) -> None:
+    found = packed("positions")
+    found["input_ids"][0, place], found["labels"][0, place] = token, label
+    with pytest.raises(CheckFailed, match=says):
+        lora.assert_labels_sound(found, end=2, begin=1)
+
+
+def test_positions_of_padding_begin_no_text() -> None:
+    found = batch(side="left")
+    mask = found["attention_mask"]
+    found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    assert lora.assert_labels_sound(found).details["texts"] == len(mask)
+    found["position_ids"] = torch.zeros_like(mask)
+    assert lora.assert_labels_sound(found).details["texts"] == len(mask)
