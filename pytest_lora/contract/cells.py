@@ -286,7 +286,8 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
     if isinstance(dialect, Peft):
         own = dialect.method.network
         if own != "linear":
-            return (own,) if not asked or own in asked else ()
+            alike = tuple(name for name in asked if name in (own, f"scaled {own}"))
+            return alike if asked else (own,)
         if not dialect.method.accepts("target_parameters"):
             asked = tuple(name for name in asked if name != "experts")
         if dialect.method.name != "LORA":
@@ -295,7 +296,7 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
                 return ()
         if not dialect.method.is_lora:
             fit = ("linear", "many", "llama", "tied", "tied head", "layers", "bare layers",
-                   "convolution")  # fmt: skip
+                   "convolution", "odd names")  # fmt: skip
             return tuple(name for name in asked or (usual,) if name in fit)
     return asked or (usual,)
 

@@ -30,7 +30,8 @@ _BY_DESIGN = re.compile(
     r"not (?:yet )?(?:supported|implemented)|unsupported|only supports?|does(?:n't| not) support|"
     r"supports only|cannot|can't|can only|incompatible|not compatible|impossible|"
     r"has no bias|please run|"
-    r"does not allow|only one .* is allowed|undefined merging|no layers? types compatible",
+    r"does not allow|only one .* is allowed|undefined merging|no layers? types compatible|"
+    r"must be saved for all adapters or none",
     re.IGNORECASE,
 )
 # Where shapes and formats do not fit, torch raises RuntimeError and Python TypeError: of these only
@@ -39,7 +40,9 @@ _NO_MERGE = re.compile(
     r"(?:impossible to|cannot) (?:un)?merge|(?:only|not) supported|not support", re.IGNORECASE
 )
 _NO_SUCH = re.compile(
-    r"^Please initialize |^Unsupported data type|^Target module .* is not supported", re.DOTALL
+    r"^Please initialize |^Unsupported data type|^Target module .* is not supported|"
+    r"must be saved for all adapters or none",
+    re.DOTALL,
 )
 _OF_TORCH = re.compile(
     r"\" not implemented for '|^Could not run '|missing the required \"forward\""

@@ -30,6 +30,19 @@ from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract.derivatives import hold_gradients
 from pytest_lora.contract.dialects import FIRST, OwnClass, Peft
 from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
+from pytest_lora.contract.handling import (
+    hold_parameters,
+    hold_round_trip,
+    hold_taken_names,
+    hold_told_of_nothing,
+    hold_unload,
+    refused_in_turn,
+)
+from pytest_lora.contract.several import (
+    hold_hot_swap,
+    hold_own_settings,
+    hold_random_combinations,
+)
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
@@ -89,7 +102,8 @@ def _law(
 # ------------------------------------------------------------------------------ what is computed
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "llama", half=True)
+@_law("linear", "conv1d", "embedding", "scaled embedding", "convolution", "grouped", "experts",
+      "llama", half=True)  # fmt: skip
 def identity_at_initialisation(it: Experiment) -> None:
     """A fresh adapter changes nothing: the output is the base's, bit for bit."""
     it.attach(fill=False)
@@ -145,6 +159,19 @@ def linear_in_scaling(it: Experiment) -> None:
         it.say("scale", FIRST, factor)
         scaled = {name: term.scaled(factor) for name, term in terms.items()}
         it.expect([scaled], f"the scaling times {factor:g}")
+    if it.is_peft:
+        _scaled_and_back(it, terms)
+
+
+def _scaled_and_back(it: Experiment, terms: Mapping[str, Any]) -> None:
+    """Scaled in place, and back by the same factor or to where it began."""
+    twice = {name: term.scaled(2.0) for name, term in terms.items()}
+    layers = "for layer in model.modules():\n    if hasattr(layer, 'scale_layer'):\n        layer."
+    for back in ("unscale_layer(2.0)", "unscale_layer()"):
+        it.trial.run(f"{layers}scale_layer(2.0)")
+        it.expect([twice], "after scale_layer(2.0)")
+        it.trial.run(f"{layers}{back}")
+        it.expect([terms], f"after {back}")
 
 
 @_law("linear", "conv1d")
@@ -187,7 +214,8 @@ def base_output_when_disabled(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ merging
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "llama", half=True)
+@_law("linear", "conv1d", "embedding", "scaled embedding", "convolution", "grouped", "experts",
+      "llama", half=True)  # fmt: skip
 def merge_equivalence(it: Experiment) -> None:
     """Merged and unmerged compute the same, up to derived rounding."""
     it.attach()
@@ -306,7 +334,11 @@ def order_of_merges(it: Experiment) -> None:
             it.expect(terms, f"merged in the order {', '.join(names)}", merges=4)
             it.say("unmerge")
         else:
-            _merged_together(it)
+            try:
+                _merged_together(it)
+            except NotApplicable as reason:
+                refused_in_turn(it, names, reason)
+                raise
             _merged_together(it, names)
 
 
@@ -610,6 +642,34 @@ def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
 
 
 @_law("linear")
+def random_combinations(it: Experiment) -> None:
+    """A combination that drops numbers at random is right in the mean."""
+    it.require_plain()
+    it.attach()
+    hold_random_combinations(it)
+
+
+@_law("linear", "conv1d", "embedding", "convolution", "grouped")
+def hot_swap(it: Experiment) -> None:
+    """An adapter swapped into the place of one of another rank computes what it does loaded."""
+    hold_hot_swap(it)
+
+
+@_law("linear")
+def own_settings(it: Experiment) -> None:
+    """Beside an adapter of other settings each computes what it computes alone, bit for bit."""
+    it.attach()
+    hold_own_settings(it)
+
+
+@_law("linear", "saved")
+def taken_names(it: Experiment) -> None:
+    """An adapter of a name that is taken changes nothing: it is refused."""
+    it.attach()
+    hold_taken_names(it)
+
+
+@_law("linear")
 def eval_mode_kept(it: Experiment) -> None:
     """What is added to a model in eval mode is in eval mode: nothing is dropped at random."""
     it.attach()
@@ -662,6 +722,20 @@ def frozen_weights(it: Experiment) -> None:
 def _is_statistic(name: str) -> bool:
     """Running statistics of a batch norm are the training loop's business."""
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+@_law("linear", "conv1d", "embedding", "convolution", half=True)
+def parameters_kept(it: Experiment) -> None:
+    """Merging, unmerging and switching leave each parameter the object, bits and flag it was."""
+    it.attach()
+    hold_parameters(it)
+
+
+@_law("linear", "saved", "llama")
+def unloaded(it: Experiment) -> None:
+    """Unloaded, the model is the base again: its output, its modules, its attributes."""
+    _require_untouched_base(it)
+    hold_unload(it)
 
 
 @_law("linear", "saved", "llama")
@@ -909,6 +983,14 @@ def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
         it.expect_bits(it.trial.names["alone"], "alone", "saved with another adapter there")
 
 
+@_law("linear", "odd names", "conv1d", "embedding", "convolution", "grouped", "experts")
+def state_round_trip(it: Experiment) -> None:
+    """The state read out of a model, read into another one, gives the same output, bit for bit."""
+    _require_untouched_base(it)
+    it.attach()
+    hold_round_trip(it)
+
+
 # ------------------------------------------------------------------------------ what is declared
 
 
@@ -941,15 +1023,23 @@ def chosen_layers(it: Experiment) -> None:
         _named_modules(it)
         return
     chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
+    options = _ways_to_choose(it, chosen)
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
-    found = set(_attach_layers(it, layers_to_transform=repr(chosen)))
+    found = set(_attach_layers(it, **options))
     if found != expected:
         raise it.trial.broken(
             f"layers {chosen}: adapted are {', '.join(sorted(found - expected)) or 'none'} of"
             f" other layers; left out are {', '.join(sorted(expected - found)) or 'none'}",
             f"assert set(adapted) == {expected!r}, set(adapted)",
         )
+
+
+def _ways_to_choose(it: Experiment, chosen: Sequence[int]) -> dict[str, str]:
+    """A list, or the number itself where it is one; the name of the list of layers may be given."""
+    one = it.case.seed % 2 == 0 and len(chosen) == 1
+    options = {"layers_to_transform": repr(chosen[0] if one else list(chosen))}
+    return {**options, "layers_pattern": "'layers'"} if it.case.seed % 3 == 0 else options
 
 
 _MANY = 24
@@ -1017,6 +1107,14 @@ def patterns_that_match_nothing(it: Experiment) -> None:
         f"{key}: no module is called 'no_such_module', and nobody is told",
         "assert False, 'there was no such warning'",
     )
+
+
+@_law("linear")
+def targets_that_match_nothing(it: Experiment) -> None:
+    """An adapter none of whose targets exists is refused, or told, the first or the second."""
+    it.attach()
+    it.trial.run("first = run()")
+    hold_told_of_nothing(it)
 
 
 LAWS: Mapping[str, Law] = dict(_TABLE)

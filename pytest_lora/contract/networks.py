@@ -59,6 +59,29 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.head(self.table(x))
 """
+_SCALED = """
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = Gemma3TextScaledWordEmbedding({k}, {d}, None, embed_scale={d} ** 0.5)
+        self.head = torch.nn.Linear({d}, {e})
+
+    def forward(self, x):
+        return self.head(self.table(x))
+"""
+_ODD_NAMES = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Linear({k}, {d})
+        self.parts = torch.nn.ModuleDict(
+            {{"weight": torch.nn.Linear({k}, {e}), "default": torch.nn.Linear({k}, {d})}})
+
+    def forward(self, x):
+        return torch.cat([part(x) for part in (self.one, *self.parts.values())], -1)
+"""
 _CONVOLUTION = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -117,7 +140,7 @@ class Net(torch.nn.Module):
         self.head = torch.nn.Linear({d} + {e}, {k})
 
     def forward(self, x):
-        return self.head(torch.cat([self.up(x), self.down(x)], -1).tanh())
+        return self.head(input=torch.cat([self.up(x), self.down(x)], -1).tanh())
 """
 _LAYERS = """
 class Part(torch.nn.Module):
@@ -230,6 +253,10 @@ NETWORKS: Mapping[str, Network] = {
     "many": Network(_MANY, "torch.randn(3, {k}, dtype={dtype})", targets=_SIX, linear=_SIX),
     "conv1d": Network(_CONV1D, "torch.randn(3, {k}, dtype={dtype})", linear=("up", "down")),
     "embedding": Network(_EMBEDDING, "torch.randint({k}, (3, 4))", targets=("table",)),
+    "scaled embedding": Network(_SCALED, "torch.randint({k}, (3, 4))", targets=("table",)),
+    "odd names": Network(
+        _ODD_NAMES, "torch.randn(3, {k}, dtype={dtype})", targets=("one", "weight", "default")
+    ),
     "convolution": Network(_CONVOLUTION, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
     "grouped": Network(_GROUPED, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
     "experts": Network(
