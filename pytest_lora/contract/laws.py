@@ -28,7 +28,7 @@ from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract.derivatives import hold_gradients
-from pytest_lora.contract.dialects import FIRST, OwnClass, Peft
+from pytest_lora.contract.dialects import FIRST, Case, OwnClass, Peft
 from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
 from pytest_lora.contract.handling import (
     hold_parameters,
@@ -322,7 +322,7 @@ def order_of_merges(it: Experiment) -> None:
     """Two adapters merged at once, in either order, are the two adapters at work together."""
     it.attach()
     terms = [_own_terms(it)] if _is_plain(it) else []
-    other = it.case.other()
+    other = _with_a_token_in_common(it, it.case.other())
     it.add(SECOND, other)
     if terms:
         terms.append(it.terms(SECOND, other))
@@ -340,6 +340,13 @@ def order_of_merges(it: Experiment) -> None:
                 refused_in_turn(it, names, reason)
                 raise
             _merged_together(it, names)
+
+
+def _with_a_token_in_common(it: Experiment, case: Case) -> Case:
+    """One token that both adapters train, and one of the second's own."""
+    if isinstance(it.dialect, Peft) and "token_indices" in it.dialect.method.options:
+        return replace(case, options={**case.options, "token_indices": "[3, 4]"})
+    return case
 
 
 def _is_plain(it: Experiment) -> bool:
@@ -386,9 +393,12 @@ def _layers(it: Experiment) -> list[tuple[str, Any]]:
     return layers
 
 
-@_law("tied head", "tied")
+@_law("tied head", "tied", "untied llama")
 def tied_weights(it: Experiment) -> None:
-    """Weights that are one stay one, and a merge reaches no module but the adapted ones."""
+    """Weights that are one stay one, others two, and a merge reaches only what is adapted."""
+    if it.case.network == "untied llama":
+        _nothing_to_tie(it)
+        return
     it.attach()
     net = it.trial.names["net"]
     table = net.table.weight
@@ -405,6 +415,29 @@ def tied_weights(it: Experiment) -> None:
         )
     if not adapted and _head(net).weight is not table:
         raise it.trial.broken("merging unties them", "assert net.head.weight is net.table.weight")
+
+
+def _nothing_to_tie(it: Experiment) -> None:
+    """Ties that are to be kept where there are none: head and embedding have nothing in common."""
+    _configure(it, ensure_weight_tying="True")
+    if it.case.seed % 2:
+        saved = "['embed_tokens', 'lm_head']"
+        it.case = replace(
+            it.case, chosen=("q_proj",), options={**it.case.options, "modules_to_save": saved}
+        )
+    it.attach(fill=False)
+    part = "net.get_submodule({!r}).state_dict().values()"
+    head, table = (it.trial.value(part.format(n)) for n in ("lm_head", "model.embed_tokens"))
+    if {t.data_ptr() for t in head} & {t.data_ptr() for t in table}:
+        raise it.trial.broken(
+            "head and embedding are not tied, and share a tensor once adapted",
+            "print(net.lm_head, net.model.embed_tokens)",
+        )
+    if not it.case.seed % 2 and hasattr(it.trial.names["net"].lm_head, "base_layer"):
+        raise it.trial.broken(
+            "the head is adapted, which is not tied to the embedding, and nobody asked for it",
+            "assert not hasattr(net.lm_head, 'base_layer')",
+        )
 
 
 def _head(net: Any) -> Any:
@@ -655,7 +688,7 @@ def hot_swap(it: Experiment) -> None:
     hold_hot_swap(it)
 
 
-@_law("linear")
+@_law("linear", "experts")
 def own_settings(it: Experiment) -> None:
     """Beside an adapter of other settings each computes what it computes alone, bit for bit."""
     it.attach()
@@ -724,7 +757,7 @@ def _is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
-@_law("linear", "conv1d", "embedding", "convolution", half=True)
+@_law("linear", "conv1d", "embedding", "convolution")
 def parameters_kept(it: Experiment) -> None:
     """Merging, unmerging and switching leave each parameter the object, bits and flag it was."""
     it.attach()

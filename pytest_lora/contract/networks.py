@@ -107,9 +107,11 @@ class Experts(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
+        self.other = torch.nn.Parameter(torch.randn(3, {k}, {e}) / 4)
 
     def forward(self, x):
-        return torch.bmm(x.expand(3, -1, -1), self.weight)
+        x = x.expand(3, -1, -1)
+        return torch.cat([torch.bmm(x, self.weight), torch.bmm(x, self.other)], -1)
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -263,7 +265,7 @@ NETWORKS: Mapping[str, Network] = {
         _EXPERTS,
         "torch.randn(4, {k}, dtype={dtype})",
         targets=(),
-        parameters=("experts.weight",),
+        parameters=("experts.weight", "experts.other"),
     ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
@@ -273,6 +275,9 @@ NETWORKS: Mapping[str, Network] = {
     "look-alikes": Network(_LAYERS + _LOOK_ALIKES, "torch.randn(3, {k}, dtype={dtype})"),
     "llama": Network(
         _LLAMA.replace("{tied}", "False"), _TOKENS, call=_ON_TOKENS, targets=("q_proj", "up_proj")
+    ),
+    "untied llama": Network(
+        _LLAMA.replace("{tied}", "False"), _TOKENS, call=_ON_TOKENS, targets=("embed_tokens",)
     ),
     "tied llama": Network(
         _LLAMA.replace("{tied}", "True"), _TOKENS, call=_ON_TOKENS, targets=("q_proj", "up_proj"),
@@ -285,7 +290,9 @@ NETWORKS: Mapping[str, Network] = {
 }  # fmt: skip
 """The networks by name."""
 
-ONLY_LORA = ("grouped", "experts", "saved", "look-alikes", "tied llama", "experts llama")
+ONLY_LORA = (
+    "grouped", "experts", "saved", "look-alikes", "untied llama", "tied llama", "experts llama"
+)  # fmt: skip
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.
 """

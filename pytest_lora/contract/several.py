@@ -31,7 +31,7 @@ def hold_own_settings(it: Experiment) -> None:
     other, setting = _other_settings(it, dialect)
     if dialect.rewrites:
         raise NotApplicable("by design it moves part of the base weight into the adapter")
-    _alone(it, dialect, other)
+    _attached_alone(it, dialect, other)
     renew(it, dialect, it.case, FIRST)
     _beside(it, dialect, other)
     it.expect_bits(it.trial.names["alone"], "alone", f"beside an adapter{setting}")
@@ -50,7 +50,7 @@ def _other_settings(it: Experiment, dialect: Peft) -> tuple[Case, str]:
     return replace(case, options={**case.options, key: code}), f" without {key}={code}"
 
 
-def _alone(it: Experiment, dialect: Peft, other: Case) -> None:
+def _attached_alone(it: Experiment, dialect: Peft, other: Case) -> None:
     """The second adapter by itself: its output ``alone`` and its numbers ``state``."""
     try:
         renew(it, dialect, other, SECOND)
@@ -64,7 +64,7 @@ def _alone(it: Experiment, dialect: Peft, other: Case) -> None:
 
 
 def _read(it: Experiment) -> None:
-    it.trial.run(f"peft.set_peft_model_state_dict(model, state, adapter_name={SECOND!r})")
+    _must(it, f"peft.set_peft_model_state_dict(model, state, adapter_name={SECOND!r})")
 
 
 def _beside(it: Experiment, dialect: Peft, other: Case) -> None:
