@@ -289,7 +289,7 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
             alike = tuple(name for name in asked if name in (own, f"scaled {own}"))
             return alike if asked else (own,)
         if not dialect.method.accepts("target_parameters"):
-            asked = tuple(name for name in asked if name != "experts")
+            asked = tuple(name for name in asked if not NETWORKS[name].parameters)
         if dialect.method.name != "LORA":
             asked = tuple(name for name in asked if name not in ONLY_LORA)
             if not asked and isinstance(law, str) and law in LAWS and LAWS[law].networks:
@@ -313,7 +313,7 @@ def _cases(draw: st.DrawFn, dialect: Dialect, law: str) -> Case:
     ranks = [r for r in (2, 1, 3, 4) if r <= min(sizes) // 2] if free else [2, 4]
     r = draw(st.sampled_from(ranks))
     options = {}
-    if isinstance(dialect, Peft) and dialect.method.is_lora and network != "experts":
+    if isinstance(dialect, Peft) and dialect.method.is_lora and not NETWORKS[network].parameters:
         options["lora_dropout"] = repr(draw(st.sampled_from([0.5, 0.0])))
     if NETWORKS[network].reads_tokens and isinstance(dialect, Peft):
         options["task_type"] = "'CAUSAL_LM'"

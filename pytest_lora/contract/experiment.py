@@ -31,7 +31,7 @@ _BY_DESIGN = re.compile(
     r"supports only|cannot|can't|can only|incompatible|not compatible|impossible|"
     r"has no bias|please run|"
     r"does not allow|only one .* is allowed|undefined merging|no layers? types compatible|"
-    r"must be saved for all adapters or none",
+    r"must be (?:saved|enabled) for all adapters or none",
     re.IGNORECASE,
 )
 # Where shapes and formats do not fit, torch raises RuntimeError and Python TypeError: of these only

@@ -107,11 +107,28 @@ class Experts(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
-        self.other = torch.nn.Parameter(torch.randn(3, {k}, {e}) / 4)
+
+    def forward(self, x):
+        return torch.bmm(x.expand(3, -1, -1), self.weight)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(x).transpose(0, 1).flatten(1)
+"""
+_FUSED = """
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
+        self.down = torch.nn.Parameter(torch.randn(3, {k}, {e}) / 4)
 
     def forward(self, x):
         x = x.expand(3, -1, -1)
-        return torch.cat([torch.bmm(x, self.weight), torch.bmm(x, self.other)], -1)
+        return torch.cat([torch.bmm(x, self.up), torch.bmm(x, self.down)], -1)
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -265,7 +282,13 @@ NETWORKS: Mapping[str, Network] = {
         _EXPERTS,
         "torch.randn(4, {k}, dtype={dtype})",
         targets=(),
-        parameters=("experts.weight", "experts.other"),
+        parameters=("experts.weight",),
+    ),
+    "fused experts": Network(
+        _FUSED,
+        "torch.randn(4, {k}, dtype={dtype})",
+        targets=(),
+        parameters=("experts.up", "experts.down"),
     ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
@@ -291,7 +314,8 @@ NETWORKS: Mapping[str, Network] = {
 """The networks by name."""
 
 ONLY_LORA = (
-    "grouped", "experts", "saved", "look-alikes", "untied llama", "tied llama", "experts llama"
+    "grouped", "experts", "fused experts", "saved", "look-alikes", "untied llama", "tied llama",
+    "experts llama",
 )  # fmt: skip
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.

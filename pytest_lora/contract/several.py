@@ -45,7 +45,7 @@ def _other_settings(it: Experiment, dialect: Peft) -> tuple[Case, str]:
     chosen = draw.choice([case.targets, case.targets[:1], case.targets[-1:]])
     case = replace(case, chosen=chosen)
     if not switches or not draw.randrange(4):
-        return case, f" that adapts {', '.join(it.case.targets)}"
+        return case, f" that adapts {', '.join(it.case.targets or it.case.net.parameters)}"
     key, code = draw.choice(switches)
     return replace(case, options={**case.options, key: code}), f" without {key}={code}"
 
@@ -192,6 +192,8 @@ def hold_random_combinations(it: Experiment) -> None:
                 raise it.trial.broken(
                     f"dare_linear: in {DRAWS} random combinations the sum of {factor} is always"
                     f" {name} that of the plain one, {mean / expected:.3g} times it in the mean",
+                    f"mean, expected = {mean!r}, {expected!r}  # of {DRAWS} draws",
+                    "assert abs(mean - expected) < 0.1 * expected, mean / expected",
                 )
 
 
