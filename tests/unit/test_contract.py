@@ -391,6 +391,13 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "chosen_layers",
         "patterns_apply",
         "patterns_that_match_nothing",
+        "targets_that_match_nothing",
+        "hot_swap",
+        "own_settings",
+        "random_combinations",
+        "state_round_trip",
+        "taken_names",
+        "unloaded",
     }
 
 
