@@ -195,7 +195,7 @@ def _own_terms(it: Experiment) -> dict[str, Any]:
     return terms
 
 
-@_law("linear", "conv1d", "saved", "llama")
+@_law("linear", "conv1d", "saved", "saved, by keyword", "llama")
 def base_output_when_disabled(it: Experiment) -> None:
     """Switched off, the output is the base's, switched on again the adapter's, bit for bit."""
     _require_untouched_base(it)
@@ -690,7 +690,7 @@ def hot_swap(it: Experiment) -> None:
     hold_hot_swap(it)
 
 
-@_law("linear", "fused experts")
+@_law("linear", "saved", "fused experts")
 def own_settings(it: Experiment) -> None:
     """Beside an adapter of other settings each computes what it computes alone, bit for bit."""
     it.attach()
@@ -1018,7 +1018,8 @@ def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
         it.expect_bits(it.trial.names["alone"], "alone", "saved with another adapter there")
 
 
-@_law("linear", "odd names", "conv1d", "embedding", "convolution", "grouped", "experts")
+@_law("linear", "odd names", "conv1d", "embedding", "convolution", "grouped", "experts",
+      "experts llama")  # fmt: skip
 def state_round_trip(it: Experiment) -> None:
     """The state read out of a model, read into another one, gives the same output, bit for bit."""
     _require_untouched_base(it)

@@ -159,7 +159,7 @@ class Net(torch.nn.Module):
         self.head = torch.nn.Linear({d} + {e}, {k})
 
     def forward(self, x):
-        return self.head(input=torch.cat([self.up(x), self.down(x)], -1).tanh())
+        return self.head({keyword}torch.cat([self.up(x), self.down(x)], -1).tanh())
 """
 _LAYERS = """
 class Part(torch.nn.Module):
@@ -292,7 +292,12 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
-    "saved": Network(_SAVED, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
+    "saved": Network(
+        _SAVED.replace("{keyword}", ""), "torch.randn(3, {k}, dtype={dtype})", saved=("head",)
+    ),
+    "saved, by keyword": Network(
+        _SAVED.replace("{keyword}", "input="), "torch.randn(3, {k}, dtype={dtype})", saved=("head",)
+    ),
     "layers": Network(_LAYERS + _INNER, "torch.randn(3, {k}, dtype={dtype})"),
     "bare layers": Network(_LAYERS + "\nNet = Body\n", "torch.randn(3, {k}, dtype={dtype})"),
     "look-alikes": Network(_LAYERS + _LOOK_ALIKES, "torch.randn(3, {k}, dtype={dtype})"),
@@ -314,8 +319,8 @@ NETWORKS: Mapping[str, Network] = {
 """The networks by name."""
 
 ONLY_LORA = (
-    "grouped", "experts", "fused experts", "saved", "look-alikes", "untied llama", "tied llama",
-    "experts llama",
+    "grouped", "experts", "fused experts", "saved", "saved, by keyword", "look-alikes",
+    "untied llama", "tied llama", "experts llama",
 )  # fmt: skip
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.

@@ -26,9 +26,14 @@ the same probability happens once in 2 ** 31 times."""
 
 
 def hold_own_settings(it: Experiment) -> None:
-    """Beside an adapter of other settings it computes what it computes alone."""
+    """Beside an adapter of other settings it computes what it computes alone.
+
+    Of two the second has a trained module in the network that has one, and comes to the first.
+    """
     dialect = require_peft(it, "a class of one's own has no settings but rank and scaling")
     other, setting = _other_settings(it, dialect)
+    if it.case.net.saved:
+        it.case = replace(it.case, options={**it.case.options, "modules_to_save": "None"})
     if dialect.rewrites:
         raise NotApplicable("by design it moves part of the base weight into the adapter")
     _attached_alone(it, dialect, other)
@@ -68,8 +73,21 @@ def _read(it: Experiment) -> None:
 
 
 def _beside(it: Experiment, dialect: Peft, other: Case) -> None:
-    """The second adapter beside the first, and at work."""
+    """The second adapter beside the first, which it leaves alone, and at work."""
+    trains = "[n for n, p in model.named_parameters() if p.requires_grad]"
+    it.trial.run(f"trains = {trains}\ntorch.manual_seed(0)\nfirst = run()")
     it.say("add", SECOND, other)
+    it.trial.run("torch.manual_seed(0)")
+    it.expect_bits(it.trial.names["first"], "first", "after another adapter was added")
+    now = it.trial.value(trains)
+    if now != it.trial.names["trains"]:
+        extra = sorted(set(now) ^ set(it.trial.names["trains"]))
+        raise it.trial.broken(
+            f"after another adapter was added, which is not at work: {extra[0]} and"
+            f" {len(extra) - 1} more {'train' if extra[0] in now else 'are frozen'}",
+            f"now = {trains}",
+            "assert now == trains, set(now) ^ set(trains)",
+        )
     _read(it)
     it.say("activate", SECOND)
     it.trial.run("torch.manual_seed(0)")

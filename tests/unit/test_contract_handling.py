@@ -396,7 +396,7 @@ def test_a_saved_module_that_is_called_by_keyword_runs(monkeypatch: pytest.Monke
             lambda self, x, *args, **kwargs: original(self, x, *args, **kwargs),
         ),
         "missing 1 required positional argument",
-        network="saved",
+        network="saved, by keyword",
     )  # fmt: skip
 
 
