@@ -166,13 +166,19 @@ class Cell:
         self.decided += 1
 
     def _excuse(self, broken: ContractBroken) -> bool:
-        """Whether a failure is a known deviation; it is noted then."""
-        known = next((item for item in self._expected() if item.explains(broken.found)), None)
-        if known is None:
-            self.failed = True
-        else:
+        """Whether all that was found is a known deviation; what is known is noted.
+
+        What is not comes first then.
+        """
+        expected = list(self._expected())
+        for found in (broken.found, *broken.also):
+            known = next((item for item in expected if item.explains(found)), None)
+            if known is None:
+                self.failed = True
+                broken.blame(found)
+                return False
             self.seen.add(known)
-        return known is not None
+        return True
 
     def _expected(self) -> Iterator[Known]:
         if isinstance(self.dialect, Peft):

@@ -15,6 +15,7 @@ from pytest_lora.contract.reference import Reference, Term
 from pytest_lora.contract.trial import ContractBroken, Refused, Trial
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
 from pytest_lora.fresh import Script, run_fresh
+from pytest_lora.records import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -324,9 +325,16 @@ class Experiment:
                 raise NotApplicable(str(reason)) from None
             raise self.trial.broken(str(reason), *demonstration) from None
         except CheckFailed as failure:
-            measurement = failure.result.measurement
-            found = (measurement.where if measurement else None) or str(failure)
-            raise self.trial.broken(found, *demonstration) from None
+            found, *also = _findings(failure)
+            raise self.trial.broken(found, *demonstration, also=also) from None
+
+
+def _findings(failure: CheckFailed) -> list[str]:
+    """What a check found: its problems, where it counts them, else its worst place."""
+    measurement = failure.result.measurement
+    problems: Any = measurement.details.get("problems", ()) if measurement else ()
+    worst = measurement.where if measurement else None
+    return [str(Problem.from_dict(item)) for item in problems] or [worst or str(failure)]
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -1006,6 +1006,27 @@ def test_a_known_deviation_is_reported_as_such_and_missed_when_it_is_gone(
     assert "1 more; ask with --lora-contract-depth=full" in told
 
 
+def test_a_known_deviation_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytest_lora.contract import cells
+
+    item = Known("isolation", ("LORA",), "as ever", "it is so")
+    monkeypatch.setattr(cells, "known_deviations", lambda: (item,))
+    for also, result in ((["as ever, too"], Result.KNOWN), (["news"], Result.FAIL)):
+        tried = cell("isolation")
+        broken = ContractBroken("isolation", "LORA", "as ever", "script\n", also)
+
+        def attempt(broken: ContractBroken = broken) -> None:
+            raise broken
+
+        if result is Result.KNOWN:
+            tried._once(attempt)
+            assert tried.verdict().known == ("it is so",)
+            continue
+        with pytest.raises(ContractBroken, match="LORA breaks isolation: news\n\nTo see it"):
+            tried._once(attempt)
+        assert (tried.verdict(broken).result, tried.verdict(broken).reason) == (result, "news")
+
+
 # ------------------------------------------------------------------------------ the table
 
 VERDICTS = [
