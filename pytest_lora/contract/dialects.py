@@ -234,12 +234,12 @@ class Peft(Dialect):
         written = [f"{key}={drawn.get(code, code)}" for key, code in options.items()]
         return f"peft.{self.method.config}({', '.join(written)})"
 
-    def attach(self, trial: Trial, case: Case) -> None:
+    def attach(self, trial: Trial, case: Case, name: str = FIRST) -> None:
         """Attach the first adapter, with what its initialisation needs before and after."""
         trial.run(f"config = {self.config(case)}")
         for line in self.method.before:
             trial.run(line)
-        trial.run(f"model = peft.get_peft_model(net, config, adapter_name={FIRST!r}).eval()")
+        trial.run(f"model = peft.get_peft_model(net, config, adapter_name={name!r}).eval()")
         for line in self.method.after:
             trial.run(line)
         trial.run(_FILL.format(size=self.size))

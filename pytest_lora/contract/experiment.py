@@ -15,6 +15,7 @@ from pytest_lora.contract.reference import Reference, Term
 from pytest_lora.contract.trial import ContractBroken, Refused, Trial
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
 from pytest_lora.fresh import Script, run_fresh
+from pytest_lora.records import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,8 @@ _BY_DESIGN = re.compile(
     r"not (?:yet )?(?:supported|implemented)|unsupported|only supports?|does(?:n't| not) support|"
     r"supports only|cannot|can't|can only|incompatible|not compatible|impossible|"
     r"has no bias|please run|"
-    r"does not allow|only one .* is allowed|undefined merging|no layers? types compatible",
+    r"does not allow|only one .* is allowed|undefined merging|no layers? types compatible|"
+    r"must be (?:saved|enabled) for all adapters or none",
     re.IGNORECASE,
 )
 # Where shapes and formats do not fit, torch raises RuntimeError and Python TypeError: of these only
@@ -41,7 +43,9 @@ _NO_MERGE = re.compile(
     r"(?:impossible to|cannot) (?:un)?merge|(?:only|not) supported|not support", re.IGNORECASE
 )
 _NO_SUCH = re.compile(
-    r"^Please initialize |^Unsupported data type|^Target module .* is not supported", re.DOTALL
+    r"^Please initialize |^Unsupported data type|^Target module .* is not supported|"
+    r"must be saved for all adapters or none",
+    re.DOTALL,
 )
 _OF_TORCH = re.compile(
     r"\" not implemented for '|^Could not run '|missing the required \"forward\""
@@ -327,9 +331,16 @@ class Experiment:
                 raise NotApplicable(str(reason)) from None
             raise self.trial.broken(str(reason), *demonstration) from None
         except CheckFailed as failure:
-            measurement = failure.result.measurement
-            found = (measurement.where if measurement else None) or str(failure)
-            raise self.trial.broken(found, *demonstration) from None
+            found, *also = _findings(failure)
+            raise self.trial.broken(found, *demonstration, also=also) from None
+
+
+def _findings(failure: CheckFailed) -> list[str]:
+    """What a check found: its problems, where it counts them, else its worst place."""
+    measurement = failure.result.measurement
+    problems: Any = measurement.details.get("problems", ()) if measurement else ()
+    worst = measurement.where if measurement else None
+    return [str(Problem.from_dict(item)) for item in problems] or [worst or str(failure)]
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -28,8 +28,21 @@ from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract.derivatives import hold_gradients
-from pytest_lora.contract.dialects import FIRST, Dialect, OwnClass, Peft
+from pytest_lora.contract.dialects import FIRST, Case, Dialect, OwnClass, Peft
 from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
+from pytest_lora.contract.handling import (
+    hold_parameters,
+    hold_round_trip,
+    hold_taken_names,
+    hold_told_of_nothing,
+    hold_unload,
+    refused_in_turn,
+)
+from pytest_lora.contract.several import (
+    hold_hot_swap,
+    hold_own_settings,
+    hold_random_combinations,
+)
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
@@ -109,7 +122,8 @@ def _without(option: str) -> Callable[[Dialect], str]:
 # ------------------------------------------------------------------------------ what is computed
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "llama", half=True)
+@_law("linear", "conv1d", "embedding", "scaled embedding", "convolution", "grouped", "experts",
+      "llama", half=True)  # fmt: skip
 def identity_at_initialisation(it: Experiment) -> None:
     """A fresh adapter changes nothing: the output is the base's, bit for bit."""
     it.attach(fill=False)
@@ -165,6 +179,19 @@ def linear_in_scaling(it: Experiment) -> None:
         it.say("scale", FIRST, factor)
         scaled = {name: term.scaled(factor) for name, term in terms.items()}
         it.expect([scaled], f"the scaling times {factor:g}")
+    if it.is_peft:
+        _scaled_and_back(it, terms)
+
+
+def _scaled_and_back(it: Experiment, terms: Mapping[str, Any]) -> None:
+    """Scaled in place, and back by the same factor or to where it began."""
+    twice = {name: term.scaled(2.0) for name, term in terms.items()}
+    layers = "for layer in model.modules():\n    if hasattr(layer, 'scale_layer'):\n        layer."
+    for back in ("unscale_layer(2.0)", "unscale_layer()"):
+        it.trial.run(f"{layers}scale_layer(2.0)")
+        it.expect([twice], "after scale_layer(2.0)")
+        it.trial.run(f"{layers}{back}")
+        it.expect([terms], f"after {back}")
 
 
 @_law("linear", "conv1d", excludes=_not_plain)
@@ -188,7 +215,7 @@ def _own_terms(it: Experiment) -> dict[str, Any]:
     return terms
 
 
-@_law("linear", "conv1d", "saved", "llama")
+@_law("linear", "conv1d", "saved", "saved, by keyword", "llama")
 def base_output_when_disabled(it: Experiment) -> None:
     """Switched off, the output is the base's, switched on again the adapter's, bit for bit."""
     _require_untouched_base(it)
@@ -207,7 +234,8 @@ def base_output_when_disabled(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ merging
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "llama", half=True)
+@_law("linear", "conv1d", "embedding", "scaled embedding", "convolution", "grouped", "experts",
+      "llama", half=True)  # fmt: skip
 def merge_equivalence(it: Experiment) -> None:
     """Merged and unmerged compute the same, up to derived rounding."""
     it.attach()
@@ -314,7 +342,7 @@ def order_of_merges(it: Experiment) -> None:
     """Two adapters merged at once, in either order, are the two adapters at work together."""
     it.attach()
     terms = [_own_terms(it)] if _is_plain(it) else []
-    other = it.case.other()
+    other = _with_a_token_in_common(it, it.case.other())
     it.add(SECOND, other)
     if terms:
         terms.append(it.terms(SECOND, other))
@@ -326,8 +354,19 @@ def order_of_merges(it: Experiment) -> None:
             it.expect(terms, f"merged in the order {', '.join(names)}", merges=4)
             it.say("unmerge")
         else:
-            _merged_together(it)
+            try:
+                _merged_together(it)
+            except NotApplicable as reason:
+                refused_in_turn(it, names, reason)
+                raise
             _merged_together(it, names)
+
+
+def _with_a_token_in_common(it: Experiment, case: Case) -> Case:
+    """One token that both adapters train, and one of the second's own."""
+    if isinstance(it.dialect, Peft) and "token_indices" in it.dialect.method.options:
+        return replace(case, options={**case.options, "token_indices": "[3, 4]"})
+    return case
 
 
 def _is_plain(it: Experiment) -> bool:
@@ -374,9 +413,12 @@ def _layers(it: Experiment) -> list[tuple[str, Any]]:
     return layers
 
 
-@_law("tied head", "tied")
+@_law("tied head", "tied", "untied llama")
 def tied_weights(it: Experiment) -> None:
-    """Weights that are one stay one, and a merge reaches no module but the adapted ones."""
+    """Weights that are one stay one, others two, and a merge reaches only what is adapted."""
+    if it.case.network == "untied llama":
+        _nothing_to_tie(it)
+        return
     it.attach()
     net = it.trial.names["net"]
     table = net.table.weight
@@ -393,6 +435,31 @@ def tied_weights(it: Experiment) -> None:
         )
     if not adapted and _head(net).weight is not table:
         raise it.trial.broken("merging unties them", "assert net.head.weight is net.table.weight")
+
+
+def _nothing_to_tie(it: Experiment) -> None:
+    """Ties that are to be kept where there are none: head and embedding have nothing in common."""
+    _configure(it, ensure_weight_tying="True")
+    if it.case.seed % 2:
+        saved = "['embed_tokens', 'lm_head']"
+        it.case = replace(
+            it.case, chosen=("q_proj",), options={**it.case.options, "modules_to_save": saved}
+        )
+    it.attach(fill=False)
+    part = "net.get_submodule(n).state_dict().values()"
+    it.trial.run(
+        f"pointers = [{{t.data_ptr() for t in {part}}} for n in ('lm_head', 'model.embed_tokens')]"
+    )
+    if set.intersection(*it.trial.names["pointers"]):
+        raise it.trial.broken(
+            "head and embedding are not tied, and share a tensor once adapted",
+            "assert not pointers[0] & pointers[1]",
+        )
+    if not it.case.seed % 2 and hasattr(it.trial.names["net"].lm_head, "base_layer"):
+        raise it.trial.broken(
+            "the head is adapted, which is not tied to the embedding, and nobody asked for it",
+            "assert not hasattr(net.lm_head, 'base_layer')",
+        )
 
 
 def _head(net: Any) -> Any:
@@ -630,6 +697,34 @@ def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
 
 
 @_law("linear")
+def random_combinations(it: Experiment) -> None:
+    """A combination that drops numbers at random is right in the mean."""
+    it.require_plain()
+    it.attach()
+    hold_random_combinations(it)
+
+
+@_law("linear", "conv1d", "embedding", "convolution", "grouped")
+def hot_swap(it: Experiment) -> None:
+    """An adapter swapped into the place of one of another rank computes what it does loaded."""
+    hold_hot_swap(it)
+
+
+@_law("linear", "saved", "fused experts")
+def own_settings(it: Experiment) -> None:
+    """Beside an adapter of other settings each computes what it computes alone, bit for bit."""
+    it.attach()
+    hold_own_settings(it)
+
+
+@_law("linear", "saved")
+def taken_names(it: Experiment) -> None:
+    """An adapter of a name that is taken changes nothing: it is refused."""
+    it.attach()
+    hold_taken_names(it)
+
+
+@_law("linear")
 def eval_mode_kept(it: Experiment) -> None:
     """What is added to a model in eval mode is in eval mode: nothing is dropped at random."""
     it.attach()
@@ -682,6 +777,20 @@ def frozen_weights(it: Experiment) -> None:
 def _is_statistic(name: str) -> bool:
     """Running statistics of a batch norm are the training loop's business."""
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+@_law("linear", "conv1d", "embedding", "convolution")
+def parameters_kept(it: Experiment) -> None:
+    """Merging, unmerging and switching leave each parameter the object, bits and flag it was."""
+    it.attach()
+    hold_parameters(it)
+
+
+@_law("linear", "saved", "llama")
+def unloaded(it: Experiment) -> None:
+    """Unloaded, the model is the base again: its output, its modules, its attributes."""
+    _require_untouched_base(it)
+    hold_unload(it)
 
 
 @_law("linear", "saved", "llama")
@@ -930,6 +1039,15 @@ def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
         it.expect_bits(it.trial.names["alone"], "alone", "saved with another adapter there")
 
 
+@_law("linear", "odd names", "conv1d", "embedding", "convolution", "grouped", "experts",
+      "experts llama")  # fmt: skip
+def state_round_trip(it: Experiment) -> None:
+    """The state read out of a model, read into another one, gives the same output, bit for bit."""
+    _require_untouched_base(it)
+    it.attach()
+    hold_round_trip(it)
+
+
 # ------------------------------------------------------------------------------ what is declared
 
 
@@ -962,15 +1080,23 @@ def chosen_layers(it: Experiment) -> None:
         _named_modules(it)
         return
     chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
+    options = _ways_to_choose(it, chosen)
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
-    found = set(_attach_layers(it, layers_to_transform=repr(chosen)))
+    found = set(_attach_layers(it, **options))
     if found != expected:
         raise it.trial.broken(
             f"layers {chosen}: adapted are {', '.join(sorted(found - expected)) or 'none'} of"
             f" other layers; left out are {', '.join(sorted(expected - found)) or 'none'}",
             f"assert set(adapted) == {expected!r}, set(adapted)",
         )
+
+
+def _ways_to_choose(it: Experiment, chosen: Sequence[int]) -> dict[str, str]:
+    """A list, or the number itself where it is one; the name of the list of layers may be given."""
+    one = it.case.seed % 2 == 0 and len(chosen) == 1
+    options = {"layers_to_transform": repr(chosen[0] if one else list(chosen))}
+    return {**options, "layers_pattern": "'layers'"} if it.case.seed % 3 == 0 else options
 
 
 _MANY = 24
@@ -1036,6 +1162,14 @@ def patterns_that_match_nothing(it: Experiment) -> None:
         f"{key}: no module is called 'no_such_module', and nobody is told",
         "assert False, 'there was no such warning'",
     )
+
+
+@_law("linear")
+def targets_that_match_nothing(it: Experiment) -> None:
+    """An adapter none of whose targets exists is refused, or told, the first or the second."""
+    it.attach()
+    it.trial.run("first = run()")
+    hold_told_of_nothing(it)
 
 
 LAWS: Mapping[str, Law] = dict(_TABLE)

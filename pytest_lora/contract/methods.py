@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -52,6 +53,27 @@ class Method:
         cls = getattr(peft, self.config)
         return any(item.name == field for item in dataclasses.fields(cls))
 
+    def switches(self) -> list[tuple[str, str]]:
+        """Settings that are on or off, or one of a few words, each with another value than usual.
+
+        As source code.  How an adapter starts is left out: what counts here is what it computes.
+        """
+        import peft
+
+        cls = getattr(peft, self.config)
+        hints = typing.get_type_hints(cls)
+        found = []
+        for item in dataclasses.fields(cls):
+            if item.name in self.options or _SKIPPED.search(item.name):
+                continue
+            if isinstance(item.default, bool):
+                found.append((item.name, repr(not item.default)))
+                continue
+            for word in _words(hints[item.name]):
+                if word != item.default:
+                    found.append((item.name, repr(word)))
+        return found
+
 
 # Settings whose defaults are made for large layers, for layers of 16 inputs and 24 or 32 outputs.
 _SMALL: Mapping[str, str] = {
@@ -65,6 +87,8 @@ _SMALL: Mapping[str, str] = {
     "token_indices": "[1, 3]",
     "qalora_group_size": "8",
 }
+_SKIPPED = re.compile(r"^init_|^inference_mode$|^low_cpu|^bias$|^revision$|^task_type$")
+"""How it starts, how it is loaded, and the base's biases, which one adapter only may train."""
 _LEFT_OUT = {"boft_block_num", "r_pattern"}
 # Initialisations in several steps, as PEFT's documentation has them.
 _STEPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -188,7 +212,11 @@ def _configured(config: Any, plain: Mapping[str, str]) -> Iterator[Method]:
 
 def _literals(config: Any) -> list[str]:
     """The words ``init_lora_weights`` may be, from its annotation."""
-    annotation = typing.get_type_hints(config)["init_lora_weights"]
+    return _words(typing.get_type_hints(config)["init_lora_weights"])
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that are allowed by an annotation."""
     parts = [annotation, *typing.get_args(annotation)]
     words = [word for part in parts for word in typing.get_args(part)]
     return [word for word in words if isinstance(word, str)]

@@ -59,6 +59,29 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.head(self.table(x))
 """
+_SCALED = """
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = Gemma3TextScaledWordEmbedding({k}, {d}, None, embed_scale={d} ** 0.5)
+        self.head = torch.nn.Linear({d}, {e})
+
+    def forward(self, x):
+        return self.head(self.table(x))
+"""
+_ODD_NAMES = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Linear({k}, {d})
+        self.parts = torch.nn.ModuleDict(
+            {{"weight": torch.nn.Linear({k}, {e}), "default": torch.nn.Linear({k}, {d})}})
+
+    def forward(self, x):
+        return torch.cat([part(x) for part in (self.one, *self.parts.values())], -1)
+"""
 _CONVOLUTION = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -96,6 +119,25 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.experts(x).transpose(0, 1).flatten(1)
 """
+_FUSED = """
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
+        self.down = torch.nn.Parameter(torch.randn(3, {k}, {e}) / 4)
+
+    def forward(self, x):
+        x = x.expand(3, -1, -1)
+        return torch.cat([torch.bmm(x, self.up), torch.bmm(x, self.down)], -1)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(x).transpose(0, 1).flatten(1)
+"""
 _TIED = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -117,7 +159,7 @@ class Net(torch.nn.Module):
         self.head = torch.nn.Linear({d} + {e}, {k})
 
     def forward(self, x):
-        return self.head(torch.cat([self.up(x), self.down(x)], -1).tanh())
+        return self.head({keyword}torch.cat([self.up(x), self.down(x)], -1).tanh())
 """
 _LAYERS = """
 class Part(torch.nn.Module):
@@ -230,6 +272,10 @@ NETWORKS: Mapping[str, Network] = {
     "many": Network(_MANY, "torch.randn(3, {k}, dtype={dtype})", targets=_SIX, linear=_SIX),
     "conv1d": Network(_CONV1D, "torch.randn(3, {k}, dtype={dtype})", linear=("up", "down")),
     "embedding": Network(_EMBEDDING, "torch.randint({k}, (3, 4))", targets=("table",)),
+    "scaled embedding": Network(_SCALED, "torch.randint({k}, (3, 4))", targets=("table",)),
+    "odd names": Network(
+        _ODD_NAMES, "torch.randn(3, {k}, dtype={dtype})", targets=("one", "weight", "default")
+    ),
     "convolution": Network(_CONVOLUTION, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
     "grouped": Network(_GROUPED, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
     "experts": Network(
@@ -238,14 +284,28 @@ NETWORKS: Mapping[str, Network] = {
         targets=(),
         parameters=("experts.weight",),
     ),
+    "fused experts": Network(
+        _FUSED,
+        "torch.randn(4, {k}, dtype={dtype})",
+        targets=(),
+        parameters=("experts.up", "experts.down"),
+    ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
-    "saved": Network(_SAVED, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
+    "saved": Network(
+        _SAVED.replace("{keyword}", ""), "torch.randn(3, {k}, dtype={dtype})", saved=("head",)
+    ),
+    "saved, by keyword": Network(
+        _SAVED.replace("{keyword}", "input="), "torch.randn(3, {k}, dtype={dtype})", saved=("head",)
+    ),
     "layers": Network(_LAYERS + _INNER, "torch.randn(3, {k}, dtype={dtype})"),
     "bare layers": Network(_LAYERS + "\nNet = Body\n", "torch.randn(3, {k}, dtype={dtype})"),
     "look-alikes": Network(_LAYERS + _LOOK_ALIKES, "torch.randn(3, {k}, dtype={dtype})"),
     "llama": Network(
         _LLAMA.replace("{tied}", "False"), _TOKENS, call=_ON_TOKENS, targets=("q_proj", "up_proj")
+    ),
+    "untied llama": Network(
+        _LLAMA.replace("{tied}", "False"), _TOKENS, call=_ON_TOKENS, targets=("embed_tokens",)
     ),
     "tied llama": Network(
         _LLAMA.replace("{tied}", "True"), _TOKENS, call=_ON_TOKENS, targets=("q_proj", "up_proj"),
@@ -258,7 +318,10 @@ NETWORKS: Mapping[str, Network] = {
 }  # fmt: skip
 """The networks by name."""
 
-ONLY_LORA = ("grouped", "experts", "saved", "look-alikes", "tied llama", "experts llama")
+ONLY_LORA = (
+    "grouped", "experts", "fused experts", "saved", "saved, by keyword", "look-alikes",
+    "untied llama", "tied llama", "experts llama",
+)  # fmt: skip
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.
 """

@@ -7,6 +7,7 @@ there reproduce it: a script that needs torch and the implementation, and nothin
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.loading import one_line
@@ -25,12 +26,23 @@ class ContractBroken(AssertionError):
         method: what broke it.
         found: what was seen, in one line.
         script: a program that shows it.
+        also: what else was seen, where a law looks at several things.
     """
 
-    def __init__(self, law: str, method: str, found: str, script: str) -> None:
-        self.law, self.method, self.found, self.script = law, method, found, script
-        indented = textwrap.indent(script, "    ")
-        super().__init__(f"{method} breaks {law}: {found}\n\nTo see it by itself:\n\n{indented}")
+    def __init__(
+        self, law: str, method: str, found: str, script: str, also: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self.law, self.method, self.script, self.also = law, method, script, tuple(also)
+        self.blame(found)
+
+    def blame(self, found: str) -> None:
+        """Say that ``found`` is what was seen."""
+        self.found = found
+        indented = textwrap.indent(self.script, "    ")
+        self.args = (
+            f"{self.method} breaks {self.law}: {found}\n\nTo see it by itself:\n\n{indented}",
+        )
 
 
 class Refused(Exception):
@@ -92,6 +104,7 @@ class Trial:
         output: torch.Tensor = self.names["y"]
         return output
 
-    def broken(self, found: str, *check: str) -> ContractBroken:
+    def broken(self, found: str, *check: str, also: Sequence[str] = ()) -> ContractBroken:
         """The law is broken: the exception to raise, its script ending in the lines ``check``."""
-        return ContractBroken(self.law, self.method, found, self.script + "\n".join(check) + "\n")
+        script = self.script + "\n".join(check) + "\n"
+        return ContractBroken(self.law, self.method, found, script, also)

@@ -395,6 +395,13 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "chosen_layers",
         "patterns_apply",
         "patterns_that_match_nothing",
+        "targets_that_match_nothing",
+        "hot_swap",
+        "own_settings",
+        "random_combinations",
+        "state_round_trip",
+        "taken_names",
+        "unloaded",
     }
 
 
@@ -1003,6 +1010,27 @@ def test_a_known_deviation_is_reported_as_such_and_missed_when_it_is_gone(
     assert any("is it mended" in line for line in summary([gone]))
     [_, told] = summary([gone], quick=True)
     assert "1 more; ask with --lora-contract-depth=full" in told
+
+
+def test_a_known_deviation_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytest_lora.contract import cells
+
+    item = Known("isolation", ("LORA",), "as ever", "it is so")
+    monkeypatch.setattr(cells, "known_deviations", lambda: (item,))
+    for also, result in ((["as ever, too"], Result.KNOWN), (["news"], Result.FAIL)):
+        tried = cell("isolation")
+        broken = ContractBroken("isolation", "LORA", "as ever", "script\n", also)
+
+        def attempt(broken: ContractBroken = broken) -> None:
+            raise broken
+
+        if result is Result.KNOWN:
+            tried._once(attempt)
+            assert tried.verdict().known == ("it is so",)
+            continue
+        with pytest.raises(ContractBroken, match="LORA breaks isolation: news\n\nTo see it"):
+            tried._once(attempt)
+        assert (tried.verdict(broken).result, tried.verdict(broken).reason) == (result, "news")
 
 
 # ------------------------------------------------------------------------------ the table

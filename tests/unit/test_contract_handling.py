@@ -1,0 +1,408 @@
+"""Laws about handling adapters: each finds a PEFT that is put back to a fault of its kind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("hypothesis")
+
+import torch
+from stack import since
+
+from pytest_lora.contract.dialects import Case, Peft
+from pytest_lora.contract.experiment import Experiment
+from pytest_lora.contract.laws import LAWS
+from pytest_lora.contract.methods import Method, discover
+from pytest_lora.contract.trial import ContractBroken
+from pytest_lora.errors import NotApplicable
+from pytest_lora.loading import quiet
+
+LORA = Peft(Method("LORA", "LoraConfig", {"r": "{r}", "lora_alpha": "{alpha}"}, plain=True))
+OPTIONS = {"lora_dropout": "0.0"}
+pytestmark = since("has faults that these laws find", peft=(0, 21))
+
+
+def hold(law: str, dialect: Peft = LORA, **case: Any) -> None:
+    """The law, tried once."""
+    drawn = Case(**{"options": OPTIONS if dialect is LORA else {}, **case})
+    with quiet():
+        LAWS[law].hold(Experiment(law, dialect, drawn))
+
+
+def method(name: str) -> Peft:
+    """One of the installed PEFT's."""
+    return Peft(next(item for item in discover() if item.name == name))
+
+
+def sound_then_broken(
+    law: str,
+    spoil: Callable[[], None],
+    says: str,
+    dialect: Peft = LORA,
+    *,
+    stops: bool = True,
+    **case: Any,
+) -> None:
+    """It holds before ``spoil``, and after it does not, with a script that stops or shows why."""
+    hold(law, dialect, **case)
+    spoil()
+    with pytest.raises(ContractBroken, match=says) as caught:
+        hold(law, dialect, **case)
+    names: dict[str, Any] = {"__name__": "shown"}
+    with quiet(), pytest.raises(Exception) if stops else contextlib.nullcontext():
+        exec(compile(caught.value.script, law, "exec"), names)
+    for folder in names.get("folders", {}).values():
+        folder.cleanup()
+
+
+# ------------------------------------------------------------------------------ hot swaps
+
+
+@pytest.mark.parametrize("network", ["linear", "conv1d", "convolution", "grouped"])
+def test_a_swap_that_keeps_the_scaling_is_caught(
+    network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.utils import hotswap
+
+    sound_then_broken(
+        "hot_swap",
+        lambda: monkeypatch.setattr(hotswap, "_update_scaling", lambda *given, **named: None),
+        "the second adapter swapped in",
+        network=network,
+    )
+
+
+def test_a_rank_that_is_filled_up_in_the_wrong_place_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.utils import hotswap
+
+    def at_the_end(destination: Any, source: Any, groups: int) -> None:
+        destination[: source.shape[0]].copy_(source)
+
+    sound_then_broken(
+        "hot_swap",
+        lambda: monkeypatch.setattr(hotswap, "_copy_grouped_conv2d_lora_a_weights", at_the_end),
+        "prepared to swap|swapped in",
+        network="grouped",
+    )
+
+
+# ------------------------------------------------------------------------------ side by side
+
+
+def test_state_that_all_adapters_share_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.pvera import layer
+
+    original = layer.PveraLayer.update_layer
+
+    def first_ones(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        original(self, adapter_name, *args, **kwargs)
+        kept = next(iter(self.sample_at_inference.values()))
+        self.sample_at_inference[adapter_name] = kept
+
+    pvera = method("PVERA")
+    setting = ("sample_at_inference", "True")
+    monkeypatch.setattr(Method, "switches", lambda self: [setting])
+    seed = next(s for s in range(40) if _draws_the_setting(s))
+    sound_then_broken(
+        "own_settings",
+        lambda: monkeypatch.setattr(layer.PveraLayer, "update_layer", first_ones),
+        "beside an adapter without sample_at_inference=True",
+        pvera,
+        seed=seed,
+    )
+
+
+def _draws_the_setting(seed: int) -> bool:
+    """Whether the second adapter has the same modules and another setting under this seed."""
+    import random
+
+    draw = random.Random(seed)
+    return draw.choice([0, 1, 2]) == 0 and bool(draw.randrange(4))
+
+
+def test_settings_are_read_from_the_configuration_class() -> None:
+    found = dict(method("ROAD").method.switches())
+    assert found["variant"] in ("'road_2'", "'road_4'")
+    assert ("use_rslora", "True") in LORA.method.switches()
+    assert not [key for key, _ in LORA.method.switches() if key.startswith("init_")]
+
+
+# ------------------------------------------------------------------------------ combined
+
+
+def test_pruning_that_does_not_make_up_for_what_it_drops_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.utils import merge_utils
+
+    original = merge_utils.random_pruning
+    sound_then_broken(
+        "random_combinations",
+        lambda: monkeypatch.setattr(
+            merge_utils, "random_pruning", lambda tensor, density, rescale: original(
+                tensor, density, False)
+        ),
+        r"the sum of A is always below that of the plain one, 0\.[45]\d* times it",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ what is kept
+
+
+def test_a_merge_that_makes_parameters_anew_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import layer
+
+    original = layer.Embedding.get_delta_weight
+
+    def anew(self: Any, adapter: str) -> Any:
+        self.lora_embedding_A[adapter] = self.lora_embedding_A[adapter].detach().clone()
+        return original(self, adapter)
+
+    sound_then_broken(
+        "parameters_kept",
+        lambda: monkeypatch.setattr(layer.Embedding, "get_delta_weight", anew),
+        "after merge: .*lora_embedding_A.one is another object",
+        network="embedding",
+    )
+
+
+@pytest.mark.parametrize(
+    ("operation", "says"), [("merge", "of the adapter"), ("enable_adapters", "is frozen")]
+)
+def test_an_operation_that_touches_the_factors_or_their_flags_is_caught(
+    operation: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import layer
+
+    original = getattr(layer.Linear, operation)
+
+    def touching(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if operation == "merge":
+            self.lora_B["one"].weight.data.mul_(2)
+        else:
+            self.lora_B.requires_grad_(False)
+
+    sound_then_broken(
+        "parameters_kept",
+        lambda: monkeypatch.setattr(layer.Linear, operation, touching),
+        says,
+    )
+
+
+def test_what_is_left_behind_by_unload_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import LoraModel
+
+    original = LoraModel.unload
+
+    def leaving(self: Any) -> Any:
+        net = original(self)
+        net.peft_config = {}
+        return net
+
+    sound_then_broken(
+        "unloaded",
+        lambda: monkeypatch.setattr(LoraModel, "unload", leaving),
+        "'peft_config' is left in the model after unload",
+    )
+
+
+def test_an_unload_that_gives_another_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import LoraModel
+
+    sound_then_broken(
+        "unloaded",
+        lambda: monkeypatch.setattr(LoraModel, "unload", LoraModel.merge_and_unload),
+        "what was unloaded is not the base",
+        network="saved",
+    )
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+def test_an_adapter_put_in_the_place_of_its_namesake_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft import PeftModel
+
+    original = PeftModel.add_adapter
+
+    def whatever_the_name(self: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        self.base_model.peft_config.pop(adapter_name, None)
+        original(self, adapter_name, config, **kwargs)
+
+    sound_then_broken(
+        "taken_names",
+        lambda: monkeypatch.setattr(PeftModel, "add_adapter", whatever_the_name),
+        "an adapter of the same name was added",
+    )
+
+
+def test_an_adapter_of_no_module_that_nobody_is_told_of_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft import PeftModel
+
+    original = PeftModel.add_adapter
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(self, *args, **kwargs)
+        except ValueError:
+            return
+
+    sound_then_broken(
+        "targets_that_match_nothing",
+        lambda: monkeypatch.setattr(PeftModel, "add_adapter", silent),
+        "a second adapter: no module is called 'no_such_module', and nobody is told",
+    )
+
+
+def test_what_is_refused_at_once_and_mixed_in_turn_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as Layer
+
+    original = Layer._check_overlapping_tokens
+
+    def only_these(self: Any, adapter_names: list[str]) -> None:
+        merged, self.merged_adapters = self.merged_adapters, []
+        try:
+            original(self, adapter_names)
+        finally:
+            self.merged_adapters = merged
+
+    tokens = method("TRAINABLE_TOKENS")
+    with pytest.raises(NotApplicable, match="undefined merging"):
+        hold("order_of_merges", tokens, network="embedding", seed=1)
+    monkeypatch.setattr(Layer, "_check_overlapping_tokens", only_these)
+    with pytest.raises(ContractBroken, match="mixed without a word"):
+        hold("order_of_merges", tokens, network="embedding", seed=1)
+
+
+def test_a_second_merge_that_takes_the_place_of_the_first_is_none_of_these() -> None:
+    with pytest.raises(NotApplicable, match="does not allow inference with more than one"):
+        hold("order_of_merges", method("LN_TUNING"))
+
+
+# ------------------------------------------------------------------------------ names, ties, layers
+
+
+def test_names_replaced_anywhere_in_a_key_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    original = peft.get_peft_model_state_dict
+
+    def anywhere(model: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+        state = original(model, adapter_name=adapter_name, **kwargs)
+        return {key.replace(f".{adapter_name}", ""): value for key, value in state.items()}
+
+    sound_then_broken(
+        "state_round_trip",
+        lambda: monkeypatch.setattr(peft, "get_peft_model_state_dict", anywhere),
+        "belong nowhere|read into another model",
+        network="odd names",
+    )
+    hold("state_round_trip")  # nothing there is called like an adapter
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ties_made_where_there_are_none_are_caught(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners import tuners_utils
+    from peft.utils import other
+
+    def anyway(model: Any) -> list[str]:
+        return ["lm_head"]
+
+    def spoil() -> None:
+        for module in (other, tuners_utils):
+            monkeypatch.setattr(module, "_get_module_names_tied_with_embedding", anyway)
+
+    sound_then_broken(
+        "tied_weights", spoil, "not tied", network="untied llama", seed=seed,
+        options={"task_type": "'CAUSAL_LM'"},
+    )  # fmt: skip
+
+
+def test_the_first_layer_given_as_a_number_is_caught_if_it_counts_as_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import peft
+
+    def spoil() -> None:
+        original = peft.LoraConfig.__post_init__
+
+        def falsy(self: Any) -> None:
+            if self.layers_pattern and not self.layers_to_transform:
+                raise ValueError("`layers_to_transform` must also be specified.")
+            original(self)
+
+        monkeypatch.setattr(peft.LoraConfig, "__post_init__", falsy)
+
+    sound_then_broken("chosen_layers", spoil, "must also be specified", network="layers", seed=0)
+
+
+@pytest.mark.parametrize("name", ["LORA", "LORA+dora", "TRAINABLE_TOKENS"])
+def test_an_embeddings_own_factor_left_out_is_caught(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    sound_then_broken(
+        "merge_equivalence",
+        lambda: monkeypatch.setattr(BaseTunerLayer, "_get_embed_scale", lambda self: None),
+        "table",
+        method(name),
+        stops=False,  # it prints how far off the output is
+        network="scaled embedding",
+    )
+
+
+def test_a_scaling_that_comes_back_as_another_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import layer
+
+    def plain(self: Any, scale: float | None = None) -> None:
+        for name in self.active_adapters:
+            first = self.lora_alpha[name] / self.r[name]
+            self.scaling[name] = first if scale is None else self.scaling[name] / scale
+
+    sound_then_broken(
+        "linear_in_scaling",
+        lambda: monkeypatch.setattr(layer.LoraLayer, "unscale_layer", plain),
+        r"after unscale_layer\(\)",
+        method("LORA+rslora"),
+    )
+
+
+def test_a_saved_module_that_is_called_by_keyword_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    original = AuxiliaryTrainingWrapper.forward
+    sound_then_broken(
+        "base_output_when_disabled",
+        lambda: monkeypatch.setattr(
+            AuxiliaryTrainingWrapper, "forward",
+            lambda self, x, *args, **kwargs: original(self, x, *args, **kwargs),
+        ),
+        "missing 1 required positional argument",
+        network="saved, by keyword",
+    )  # fmt: skip
+
+
+def test_numbers_of_a_hot_swap_are_exact() -> None:
+    """In any order of the terms a sum of them has the same bits."""
+    x = (16 * torch.randn(400, dtype=torch.float64)).round().clamp(-64, 64) / 16
+    y = (16 * torch.randn(400, dtype=torch.float64)).round().clamp(-64, 64) / 16
+    product = (x * y * 3 / 4) * x
+    assert float(product.sum()) == float(product.flip(0).sum()) == float(product.sort()[0].sum())
