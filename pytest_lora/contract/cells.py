@@ -295,7 +295,7 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
                 return ()
         if not dialect.method.is_lora:
             fit = ("linear", "many", "llama", "tied", "tied head", "layers", "bare layers",
-                   "convolution")  # fmt: skip
+                   "kinds", "convolution")  # fmt: skip
             return tuple(name for name in asked or (usual,) if name in fit)
     return asked or (usual,)
 

@@ -15,7 +15,7 @@ import random
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from pytest_lora.adapter import read_adapter
 from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
+from pytest_lora.contract import declared
 from pytest_lora.contract.derivatives import hold_gradients
 from pytest_lora.contract.dialects import FIRST, OwnClass, Peft
 from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
+from pytest_lora.contract.law import Law, LawTable
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
@@ -49,41 +51,7 @@ _WEIGHTS = "for name, p in net.named_parameters(): print(name, p)"
 _TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_grad])"
 
 
-@dataclass(frozen=True, slots=True)
-class Law:
-    """One row of the table.
-
-    Attributes:
-        id: its name.
-        says: the law in one line.
-        hold: tries it once.
-        networks: networks it is tried on, where it matters which.
-        half: whether half precision is drawn as well.
-        otherwise: the network where it names none that will do, for a class of one's own as well;
-            empty for the usual one, or none where it names some.
-    """
-
-    id: str
-    says: str
-    hold: Callable[[Experiment], None]
-    networks: tuple[str, ...] = ()
-    half: bool = False
-    otherwise: str = ""
-
-
-_TABLE: dict[str, Law] = {}
-
-
-def _law(
-    *networks: str, half: bool = False, otherwise: str = ""
-) -> Callable[[Callable[[Experiment], None]], Any]:
-    def enter(hold: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
-        name = hold.__name__
-        says = (hold.__doc__ or "").strip().partition("\n")[0]
-        _TABLE[name] = Law(name, says, hold, networks, half, otherwise)
-        return hold
-
-    return enter
+_law = LawTable()
 
 
 # ------------------------------------------------------------------------------ what is computed
@@ -458,6 +426,9 @@ _COME_AND_GO = (
 @_law("linear")
 def mixed_batch(it: Experiment) -> None:
     """A batch whose rows use different adapters gives each row what its adapter alone gives."""
+    if it.is_peft and not _is_plain(it):
+        _nearest_is_meant(it)
+        return
     it.require_plain()
     it.attach()
     terms = _own_terms(it)
@@ -481,6 +452,34 @@ def mixed_batch(it: Experiment) -> None:
                 f"{float(gap[worst]):.3g}; rounding allows {float(bound[row, worst]):.3g}",
                 f"assert abs(y[{row}, {worst}].item() - {float(expected[row, worst])!r}) <= "
                 f"{float(bound[row, worst])!r}",
+            )
+
+
+def _nearest_is_meant(it: Experiment) -> None:
+    """Whatever its layers compute: each row is what its adapter gives, rather than another's.
+
+    How rows in parts of a batch are rounded is not known here, which of two outputs is nearer is.
+    """
+    it.attach()
+    it.trial.run("alone = {'__base__': base, 'one': run()}")
+    it.add(SECOND, it.case.other())
+    it.trial.run(f"alone[{SECOND!r}] = run()")
+    alone = it.trial.names["alone"]
+    if same_bits(alone[FIRST], it.base) or it.dialect.rewrites:
+        raise NotApplicable("the adapter's output cannot be told from the base's")
+    rows = list(alone)[: len(it.x)]
+    it.say("mixed", rows)
+    found = it.trial.names["y"]
+    for row, name in enumerate(rows):
+        gaps = {other: float((found - y)[row].norm()) for other, y in alone.items()}
+        nearest = min(gaps, key=lambda other: gaps[other])
+        if nearest != name:
+            raise it.trial.broken(
+                f"row {row} asks for {name} and is nearest to what {nearest} gives: it is"
+                f" {gaps[nearest]:.3g} away from that, {gaps[name]:.3g} from what was asked for",
+                f"print({{name: (y - other)[{row}].norm() for name, other in alone.items()}})",
+                f"assert (y - alone[{name!r}])[{row}].norm() <= (y - alone[{nearest!r}])[{row}]"
+                ".norm()",
             )
 
 
@@ -912,28 +911,6 @@ def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
 # ------------------------------------------------------------------------------ what is declared
 
 
-def _configure(it: Experiment, **options: str) -> None:
-    """Give the configuration further settings."""
-    if not isinstance(it.dialect, Peft):
-        raise NotApplicable("a class of one's own is told which modules to adapt by name")
-    for option in options:
-        if not it.dialect.method.accepts(option):
-            raise NotApplicable(f"its configuration has no {option}")
-    it.case = replace(it.case, options={**it.case.options, **options})
-
-
-def _attach_layers(it: Experiment, **options: str) -> dict[str, Any]:
-    """Attach with further settings; the adapted modules by name."""
-    _configure(it, **options)
-    it.attach(fill=False)
-    it.trial.run("from peft.tuners.tuners_utils import BaseTunerLayer")
-    it.trial.run(
-        "adapted = {n: m for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)}"
-    )
-    adapted: dict[str, Any] = it.trial.names["adapted"]
-    return adapted
-
-
 @_law("layers", "bare layers", "look-alikes")
 def chosen_layers(it: Experiment) -> None:
     """Exactly what is chosen is adapted: by full names; by layers, the first number in a path."""
@@ -943,7 +920,7 @@ def chosen_layers(it: Experiment) -> None:
     chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
-    found = set(_attach_layers(it, layers_to_transform=repr(chosen)))
+    found = set(declared.attach_layers(it, layers_to_transform=repr(chosen)))
     if found != expected:
         raise it.trial.broken(
             f"layers {chosen}: adapted are {', '.join(sorted(found - expected)) or 'none'} of"
@@ -961,7 +938,7 @@ def _named_modules(it: Experiment) -> None:
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     chosen = sorted(random.Random(it.case.seed).sample(names, _MANY))
     it.case = replace(it.case, chosen=tuple(chosen))
-    found = set(_attach_layers(it))
+    found = set(declared.attach_layers(it))
     extra, left = sorted(found - set(chosen)), sorted(set(chosen) - found)
     if extra or left:
         raise it.trial.broken(
@@ -971,52 +948,4 @@ def _named_modules(it: Experiment) -> None:
         )
 
 
-@_law("layers")
-def patterns_apply(it: Experiment) -> None:
-    """rank_pattern and alpha_pattern give modules a rank and scaling, the others keep theirs."""
-    if not isinstance(it.dialect, Peft) or not it.dialect.method.is_lora:
-        raise NotApplicable("only LoRA's ranks and scalings are known")
-    r, alpha = it.case.r, it.case.alpha
-    ranks, alphas = {"experts.1.up": 2 * r}, {"layers.0.experts.2.down": 3 * alpha}
-    adapted = _attach_layers(it, rank_pattern=repr(ranks), alpha_pattern=repr(alphas))
-    for key in (*ranks, *alphas):
-        if not any(name.endswith(key) for name in adapted):
-            raise it.trial.broken(
-                f"{key} is not adapted", f"assert any(n.endswith({key!r}) for n in adapted)"
-            )
-    for name, layer in adapted.items():
-        rank = next((value for key, value in ranks.items() if name.endswith(key)), r)
-        top = next((value for key, value in alphas.items() if name.endswith(key)), alpha)
-        scale = top / (rank**0.5 if it.dialect.name == "LORA+rslora" else rank)
-        found = len(layer.lora_A[FIRST].weight), layer.scaling[FIRST]
-        if found != (rank, scale):
-            raise it.trial.broken(
-                f"{name}: rank {found[0]} and scaling {found[1]:g}, declared are {rank} and"
-                f" {scale:g}",
-                f"layer = adapted[{name!r}]",
-                f"print(len(layer.lora_A[{FIRST!r}].weight), layer.scaling)",
-            )
-
-
-@_law("layers")
-def patterns_that_match_nothing(it: Experiment) -> None:
-    """A key of rank_pattern or alpha_pattern that matches no module is refused, or told."""
-    key = ("rank_pattern", "alpha_pattern")[it.case.seed % 2]
-    _configure(it, **{key: "{'no_such_module': 7}"})
-    with warnings.catch_warnings():
-        it.trial.run(
-            "import warnings\nwarnings.filterwarnings('error', message='(?s).*no_such_module')"
-        )
-        try:
-            it.dialect.attach(it.trial, it.case)
-        except Refused as refusal:
-            if "no_such_module" in str(refusal.error):
-                return
-            raise it.outcome(refusal, always=it.has_to_run) from None
-    raise it.trial.broken(
-        f"{key}: no module is called 'no_such_module', and nobody is told",
-        "assert False, 'there was no such warning'",
-    )
-
-
-LAWS: Mapping[str, Law] = dict(_TABLE)
+LAWS: Mapping[str, Law] = {**_law.laws, **declared.LAWS}

@@ -119,6 +119,36 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.head(torch.cat([self.up(x), self.down(x)], -1).tanh())
 """
+_TWO_HEADS = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear({k}, {d})
+        self.down = torch.nn.Linear({k}, {e})
+        self.head = torch.nn.Linear({d} + {e}, {k})
+        self.tail = torch.nn.Linear({d} + {e}, {d})
+
+    def forward(self, x):
+        x = torch.cat([self.up(x), self.down(x)], -1).tanh()
+        return torch.cat([self.head(x), self.tail(x)], -1)
+"""
+_KINDS = """
+from transformers import PretrainedConfig, PreTrainedModel
+
+class Net(PreTrainedModel):
+    config_class = PretrainedConfig
+
+    def __init__(self):
+        super().__init__(PretrainedConfig())
+        self.sound = torch.nn.ModuleDict({{"up": torch.nn.Conv2d(1, 1, 3, padding=1)}})
+        self.text = torch.nn.ModuleDict(
+            {{"up": torch.nn.Linear({k}, {d}), "down": torch.nn.Linear({k}, {e})}}
+        )
+
+    def forward(self, x):
+        x = self.sound["up"](x[:, None, :, None])[:, 0, :, 0]
+        return torch.cat([self.text["up"](x), self.text["down"](x)], -1)
+"""
 _LAYERS = """
 class Part(torch.nn.Module):
     def __init__(self):
@@ -205,6 +235,7 @@ class Network:
         linear: modules whose outputs are side by side in the network's, in this order, each
             computing ``x W^T + b``.
         saved: modules that are trained whole and saved with the adapter.
+        all_linear: whether its targets are all of its linear layers.
     """
 
     source: str
@@ -214,6 +245,7 @@ class Network:
     parameters: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    all_linear: bool = False
 
     @property
     def reads_tokens(self) -> bool:
@@ -241,6 +273,11 @@ NETWORKS: Mapping[str, Network] = {
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
     "saved": Network(_SAVED, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
+    "two heads": Network(_TWO_HEADS, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
+    "kinds": Network(
+        _KINDS, "torch.randn(3, {k}, dtype={dtype})", targets=("text.up", "text.down"),
+        all_linear=True,
+    ),
     "layers": Network(_LAYERS + _INNER, "torch.randn(3, {k}, dtype={dtype})"),
     "bare layers": Network(_LAYERS + "\nNet = Body\n", "torch.randn(3, {k}, dtype={dtype})"),
     "look-alikes": Network(_LAYERS + _LOOK_ALIKES, "torch.randn(3, {k}, dtype={dtype})"),
@@ -258,7 +295,7 @@ NETWORKS: Mapping[str, Network] = {
 }  # fmt: skip
 """The networks by name."""
 
-ONLY_LORA = ("grouped", "experts", "saved", "look-alikes", "tied llama", "experts llama")
+ONLY_LORA = ("grouped", "experts", "saved", "two heads", "look-alikes", "tied llama", "experts llama")
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.
 """
