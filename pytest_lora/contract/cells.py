@@ -337,8 +337,10 @@ def _takes_any_size(dialect: Dialect) -> bool:
 
 
 def _dtypes(dialect: Dialect, law: str) -> list[str]:
-    half = law in LAWS and LAWS[law].half
-    if not half or not dialect.plain:
+    chosen = LAWS.get(law)
+    if chosen is None or not chosen.half:
         return ["float32"]
+    if not dialect.plain:
+        return ["float32", "bfloat16"] if chosen.any_half else ["float32"]
     own = isinstance(dialect, OwnClass)
     return ["float32", "float64"] if own else ["float32", "float64", "bfloat16"]

@@ -22,6 +22,7 @@ class Law:
         hold: tries it once.
         networks: networks it is tried on, where it matters which.
         half: whether half precision is drawn as well.
+        any_half: whether that holds for methods whose layers have no known formula, too.
         otherwise: the network where it names none that will do, for a class of one's own as well;
             empty for the usual one, or none where it names some.
     """
@@ -31,6 +32,7 @@ class Law:
     hold: Callable[[Experiment], None]
     networks: tuple[str, ...] = ()
     half: bool = False
+    any_half: bool = False
     otherwise: str = ""
 
 
@@ -41,14 +43,14 @@ class LawTable:
         self.laws: dict[str, Law] = {}
 
     def __call__(
-        self, *networks: str, half: bool = False, otherwise: str = ""
+        self, *networks: str, half: bool = False, any_half: bool = False, otherwise: str = ""
     ) -> Callable[[Callable[[Experiment], None]], Callable[[Experiment], None]]:
         """Enter the function below under its own name, with the first line of what it says."""
 
         def enter(hold: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
             name = hold.__name__
             says = (hold.__doc__ or "").strip().partition("\n")[0]
-            self.laws[name] = Law(name, says, hold, networks, half, otherwise)
+            self.laws[name] = Law(name, says, hold, networks, half or any_half, any_half, otherwise)
             return hold
 
         return enter

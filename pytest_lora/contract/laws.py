@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import random
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -517,10 +516,14 @@ def combination(it: Experiment) -> None:
 
 
 def _own_scaling_of_a_module(it: Experiment) -> None:
-    """In some examples one module has a scaling of its own, which its product has to have too."""
-    if it.case.seed % 2:
-        pattern = repr({it.case.targets[0]: 3 * it.case.alpha})
-        it.case = replace(it.case, options={**it.case.options, "alpha_pattern": pattern})
+    """In some examples one module has a scaling, or a rank, of its own in both adapters."""
+    key, value = (("", 0), ("alpha_pattern", 3 * it.case.alpha), ("", 0),
+                  ("alpha_pattern", 3 * it.case.alpha), ("rank_pattern", 2 * it.case.r))[
+        it.case.seed % 5
+    ]  # fmt: skip
+    if key:
+        pattern = repr({it.case.targets[0]: value})
+        it.case = replace(it.case, options={**it.case.options, key: pattern})
 
 
 def _combined_alone(it: Experiment) -> None:
@@ -706,7 +709,7 @@ def _trains(it: Experiment, dialect: OwnClass, active: str, when: str) -> None:
         )
 
 
-@_law(half=True)
+@_law(any_half=True)
 def dtypes_kept(it: Experiment) -> None:
     """Attaching, running, merging and unmerging leave the dtypes of base and output alone."""
     dtypes = {name: tensor.dtype for name, tensor in it.own.items()}

@@ -295,7 +295,15 @@ NETWORKS: Mapping[str, Network] = {
 }  # fmt: skip
 """The networks by name."""
 
-ONLY_LORA = ("grouped", "experts", "saved", "two heads", "look-alikes", "tied llama", "experts llama")
+ONLY_LORA = (
+    "grouped",
+    "experts",
+    "saved",
+    "two heads",
+    "look-alikes",
+    "tied llama",
+    "experts llama",
+)
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.
 """
