@@ -517,10 +517,8 @@ def combination(it: Experiment) -> None:
 
 def _own_scaling_of_a_module(it: Experiment) -> None:
     """In some examples one module has a scaling, or a rank, of its own in both adapters."""
-    key, value = (("", 0), ("alpha_pattern", 3 * it.case.alpha), ("", 0),
-                  ("alpha_pattern", 3 * it.case.alpha), ("rank_pattern", 2 * it.case.r))[
-        it.case.seed % 5
-    ]  # fmt: skip
+    alpha, rank = ("alpha_pattern", 3 * it.case.alpha), ("rank_pattern", 2 * it.case.r)
+    key, value = (alpha, ("", 0), ("", 0), alpha, rank)[it.case.seed % 5]
     if key:
         pattern = repr({it.case.targets[0]: value})
         it.case = replace(it.case, options={**it.case.options, key: pattern})
@@ -914,7 +912,7 @@ def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
 # ------------------------------------------------------------------------------ what is declared
 
 
-@_law("layers", "bare layers", "look-alikes")
+@_law("look-alikes", "layers", "bare layers")
 def chosen_layers(it: Experiment) -> None:
     """Exactly what is chosen is adapted: by full names; by layers, the first number in a path."""
     if it.case.network == "look-alikes":
