@@ -516,9 +516,11 @@ def combination(it: Experiment) -> None:
 
 
 def _own_scaling_of_a_module(it: Experiment) -> None:
-    """In some examples one module has a scaling, or a rank, of its own in both adapters."""
-    alpha, rank = ("alpha_pattern", 3 * it.case.alpha), ("rank_pattern", 2 * it.case.r)
+    """In some examples one module has a scaling, or a larger rank, of its own in both adapters."""
+    alpha, rank = ("alpha_pattern", 3 * it.case.alpha), ("rank_pattern", it.case.r)
     key, value = (alpha, ("", 0), ("", 0), alpha, rank)[it.case.seed % 5]
+    if key == "rank_pattern":  # no rank is larger than drawn, so that a sum has full rank as well
+        it.case = replace(it.case, r=max(it.case.r // 2, 1))
     if key:
         pattern = repr({it.case.targets[0]: value})
         it.case = replace(it.case, options={**it.case.options, key: pattern})
