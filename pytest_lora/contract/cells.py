@@ -294,6 +294,8 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
             if not asked and isinstance(law, str) and law in LAWS and LAWS[law].networks:
                 return ()
         if not dialect.method.is_lora:
+            if law == "chosen_layers" and not dialect.method.accepts("layers_to_transform"):
+                return ("look-alikes",)
             fit = ("linear", "many", "llama", "tied", "tied head", "layers", "bare layers",
                    "kinds", "convolution")  # fmt: skip
             return tuple(name for name in asked or (usual,) if name in fit)
@@ -341,6 +343,6 @@ def _dtypes(dialect: Dialect, law: str) -> list[str]:
     if chosen is None or not chosen.half:
         return ["float32"]
     if not dialect.plain:
-        return ["float32", "bfloat16"] if chosen.any_half else ["float32"]
+        return ["bfloat16", "float32"] if chosen.any_half else ["float32"]
     own = isinstance(dialect, OwnClass)
     return ["float32", "float64"] if own else ["float32", "float64", "bfloat16"]

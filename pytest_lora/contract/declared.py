@@ -23,7 +23,7 @@ from pytest_lora.errors import NotApplicable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LAWS", "attach_layers", "configure"]
+__all__ = ["LAWS", "attach_layers", "configure", "hold_once_saved"]
 
 SECOND = "one2"
 ABSENT = "no_such_adapter"
@@ -54,6 +54,32 @@ def _adapted(it: Experiment) -> dict[str, Any]:
     )
     adapted: dict[str, Any] = it.trial.names["adapted"]
     return adapted
+
+
+def hold_once_saved(it: Experiment) -> None:
+    """What is saved of the configuration can be read again, and adapts the same modules."""
+    if _peft(it).method.before:
+        return  # what comes before is about this configuration, the very object
+    adapted = set(_adapted(it))
+    code = f"""
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        model.peft_config[{FIRST!r}].save_pretrained(folder)
+        config = peft.PeftConfig.from_pretrained(folder)
+    """
+    try:
+        it.trial.run(code)
+        _anew(it)
+        it.trial.run(f"model = peft.get_peft_model(net, config, adapter_name={FIRST!r})")
+    except Refused as refusal:
+        raise it.trial.broken(f"what is saved of its configuration is refused: {refusal}") from None
+    again = set(_adapted(it))
+    if again != adapted:
+        raise it.trial.broken(
+            "read again, its configuration does not adapt the same modules: only once are"
+            f" {', '.join(sorted(again ^ adapted))}",
+            f"assert set(adapted) == {adapted!r}",
+        )
 
 
 def _peft(it: Experiment) -> Peft:

@@ -278,6 +278,29 @@ def test_an_adapter_that_cannot_be_chosen_a_second_time_is_caught(
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "network", "lost", "says"),
+    [
+        ("IA3", "look-alikes", {"target_modules": {"up", "down"}}, "configuration is refused"),
+        ("LORA", "layers", {"layers_to_transform": None}, "does not adapt the same modules"),
+    ],
+)
+def test_a_configuration_that_is_another_once_saved_is_caught(
+    method: str, network: str, lost: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+
+    hold("chosen_layers", method, network=network)
+    original = peft.PeftConfig.save_pretrained
+
+    def shortened(self: Any, *args: Any, **kwargs: Any) -> None:
+        vars(self).update(lost)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(peft.PeftConfig, "save_pretrained", shortened)
+    assert says in break_it("chosen_layers", method, network=network)
+
+
 # ------------------------------------------------------------------------------ coming and going
 
 
