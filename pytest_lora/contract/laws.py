@@ -33,7 +33,7 @@ from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
 from pytest_lora.contract.law import Law, LawTable
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
-from pytest_lora.loading import quiet
+from pytest_lora.loading import one_line, quiet
 from pytest_lora.numerics.fingerprint import fingerprint
 from pytest_lora.numerics.merge_bound import judge_cycle
 from pytest_lora.subject import Subject, load_base
@@ -422,7 +422,7 @@ _COME_AND_GO = (
 )
 
 
-@_law("linear")
+@_law("linear", "llama")
 def mixed_batch(it: Experiment) -> None:
     """A batch whose rows use different adapters gives each row what its adapter alone gives."""
     if it.is_peft and not _is_plain(it):
@@ -467,7 +467,10 @@ def _nearest_is_meant(it: Experiment) -> None:
     if same_bits(alone[FIRST], it.base) or it.dialect.rewrites:
         raise NotApplicable("the adapter's output cannot be told from the base's")
     rows = list(alone)[: len(it.x)]
-    it.say("mixed", rows)
+    if it.case.net.reads_tokens:
+        _mixed_tokens(it, rows)
+    else:
+        it.say("mixed", rows)
     found = it.trial.names["y"]
     for row, name in enumerate(rows):
         gaps = {other: float((found - y)[row].norm()) for other, y in alone.items()}
@@ -480,6 +483,17 @@ def _nearest_is_meant(it: Experiment) -> None:
                 f"assert (y - alone[{name!r}])[{row}].norm() <= (y - alone[{nearest!r}])[{row}]"
                 ".norm()",
             )
+
+
+def _mixed_tokens(it: Experiment, rows: Sequence[str]) -> None:
+    """The logits; and what gives logits can be generated from, with several beams as well."""
+    given = f"input_ids=x, adapter_names={list(rows)!r}"
+    it.output(f"model({given}).logits")
+    try:
+        it.trial.value(f"model.generate({given}, num_beams=2, max_new_tokens=2)")
+    except Exception as error:
+        step = f"model.generate({given}, num_beams=2, max_new_tokens=2)"
+        raise it.trial.broken(f"it raises: {step}: {one_line(error)}", step) from None
 
 
 @_law("linear")
@@ -956,8 +970,8 @@ def _named_modules(it: Experiment) -> None:
     extra, left = sorted(found - set(chosen)), sorted(set(chosen) - found)
     if extra or left:
         raise it.trial.broken(
-            f"{len(chosen)} modules named in full: adapted as well are {', '.join(extra) or 'none'};"
-            f" left out are {', '.join(left) or 'none'}",
+            f"{len(chosen)} modules named in full: adapted as well are"
+            f" {', '.join(extra) or 'none'}; left out are {', '.join(left) or 'none'}",
             f"assert set(adapted) == set({chosen!r}), set(adapted)",
         )
 

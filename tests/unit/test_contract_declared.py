@@ -180,6 +180,23 @@ def test_a_mixed_batch_of_a_variant_that_takes_no_notice_of_names_is_caught(
     assert not excused("mixed_batch", found, "LORA+lora_bias")
 
 
+def test_a_mixed_batch_that_cannot_be_searched_with_beams_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.lora import LoraModel
+
+    hold("mixed_batch", network="llama")
+    original = LoraModel._enable_peft_forward_hooks
+
+    def without_beams(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **{**kwargs, "num_beams": None})
+
+    monkeypatch.setattr(LoraModel, "_enable_peft_forward_hooks", without_beams)
+    found = break_it("mixed_batch", network="llama")
+    assert "num_beams=2" in found
+    assert not excused("mixed_batch", found)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_name_that_is_cut_out_of_more_than_its_own_place_is_caught(
     seed: int, monkeypatch: pytest.MonkeyPatch
