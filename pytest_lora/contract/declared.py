@@ -136,7 +136,7 @@ _DRAWS = 40
 """Runs in training: a coin that is thrown so often does not always fall on one side."""
 
 
-@_law()
+@_law("linear", "attention")
 def dropout_applies(it: Experiment) -> None:
     """A dropout that is asked for drops at random in training, and nothing in eval mode."""
     names = _dropouts(_peft(it))
@@ -152,7 +152,8 @@ def dropout_applies(it: Experiment) -> None:
     first = it.trial.names["first"]
     if all(same_bits(it.trial.value("run()"), first) for _ in range(_DRAWS)):
         raise it.trial.broken(
-            f"{name}=0.5 drops nothing: {_DRAWS + 1} runs in training give the same",
+            f"{name}=0.5 drops nothing of {it.case.net.targets[0]}: {_DRAWS + 1} runs in training"
+            " give the same",
             f"assert not all(torch.equal(run(), first) for _ in range({_DRAWS}))",
         )
     it.trial.run("model.eval()")

@@ -56,7 +56,8 @@ _law = LawTable()
 # ------------------------------------------------------------------------------ what is computed
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "llama", half=True)
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "attention", "llama",
+      half=True)  # fmt: skip
 def identity_at_initialisation(it: Experiment) -> None:
     """A fresh adapter changes nothing: the output is the base's, bit for bit."""
     it.attach(fill=False)
@@ -100,6 +101,56 @@ def forward(it: Experiment) -> None:
     terms = _own_terms(it)
     it.expect([terms], "the adapted model")
     it.expect([terms], "the same model, run again")
+
+
+@_law("attention", "llama")
+def applied_once(it: Experiment) -> None:
+    """In each adapted layer the product is applied once: neither left out, nor twice.
+
+    The base is given the products by hand, once everywhere, or not at all or twice in one layer.
+    Which of these outputs is the nearest needs no bound of rounding.
+    """
+    if not it.is_peft or not it.dialect.plain or it.dialect.rewrites:
+        raise NotApplicable("its layers compute something else than W x + s B A x")
+    it.attach()
+    it.trial.run("adapted = run()")
+    it.trial.run(_PRODUCTS)
+    products = it.trial.names["products"]
+    expected = "once in each layer"
+    ways = {expected: dict.fromkeys(products, 1)}
+    for name in products:
+        ways |= {f"{how} in {name}": {**ways[expected], name: times}
+                 for times, how in ((0, "not at all"), (2, "twice"))}  # fmt: skip
+    adapted, gaps = it.trial.names["adapted"], {}
+    for way, times in ways.items():
+        it.dialect.build(it.trial, it.case)
+        it.trial.run(f"add({times!r})")
+        gaps[way] = float((it.output() - adapted).norm())
+    nearest = min(gaps, key=lambda way: gaps[way])
+    if nearest != expected:
+        it.dialect.build(it.trial, it.case)
+        raise it.trial.broken(
+            f"the output is as if the product was applied {nearest}: it is {gaps[nearest]:.3g} away"
+            f" from that, {gaps[expected]:.3g} from the base with each product once",
+            f"add({ways[expected]!r})",
+            f"assert (run() - adapted).norm() <= {gaps[nearest]!r}",
+        )
+
+
+_PRODUCTS = f"""
+products = {{}}
+for name, layer in model.named_modules():
+    if {FIRST!r} in getattr(layer, 'lora_A', ()):
+        B, A = layer.lora_B[{FIRST!r}].weight, layer.lora_A[{FIRST!r}].weight
+        bare = name.removeprefix('base_model.model.').replace('.base_layer', '')
+        kind = 'in_proj_weight' if hasattr(layer, 'in_proj_weight') else 'weight'
+        products[f'{{bare}}.{{kind}}'] = layer.scaling[{FIRST!r}] * (B @ A).detach()
+
+@torch.no_grad()
+def add(times):
+    for name, product in products.items():
+        net.get_parameter(name).add_(times[name] * product)
+"""
 
 
 @_law("linear", "conv1d")
@@ -154,7 +205,8 @@ def base_output_when_disabled(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ merging
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "llama", half=True)
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", "experts", "attention", "llama",
+      half=True)  # fmt: skip
 def merge_equivalence(it: Experiment) -> None:
     """Merged and unmerged compute the same, up to derived rounding."""
     it.attach()
@@ -650,7 +702,7 @@ def eval_mode_kept(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ what is left alone
 
 
-@_law("linear", "saved", "llama")
+@_law("linear", "saved", "llama", "attention")
 def frozen_weights(it: Experiment) -> None:
     """No parameter or buffer of the base changes, whatever is done with the adapter."""
     _require_untouched_base(it)

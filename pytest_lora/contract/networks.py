@@ -96,6 +96,15 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.experts(x).transpose(0, 1).flatten(1)
 """
+_ATTENTION = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention({k}, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(query=x, key=x, value=x, need_weights=False)[0]
+"""
 _TIED = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -270,6 +279,9 @@ NETWORKS: Mapping[str, Network] = {
         targets=(),
         parameters=("experts.weight",),
     ),
+    "attention": Network(
+        _ATTENTION, "torch.randn(2, 5, {k}, dtype={dtype})", targets=("attention",)
+    ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
     "saved": Network(_SAVED, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
@@ -298,6 +310,7 @@ NETWORKS: Mapping[str, Network] = {
 ONLY_LORA = (
     "grouped",
     "experts",
+    "attention",
     "saved",
     "two heads",
     "look-alikes",

@@ -96,6 +96,51 @@ def test_a_dropout_that_drops_nothing_or_in_eval_mode_is_caught(
     assert says in break_it("dropout_applies")
 
 
+# ------------------------------------------------------------------------------ products
+
+
+@pytest.mark.parametrize(("times", "says"), [(0, "not at all"), (2, "twice")])
+def test_a_product_that_is_left_out_or_applied_twice_is_caught(
+    times: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import layer
+
+    hold("applied_once", network="llama")
+    original = layer.Linear.forward
+
+    def wrong(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        once: torch.Tensor = original(self, x, *args, **kwargs)
+        if self.out_features != 16:  # up_proj
+            return once
+        base: torch.Tensor = self.base_layer(x)
+        return base + times * (once - base)
+
+    monkeypatch.setattr(layer.Linear, "forward", wrong)
+    found = break_it("applied_once", network="llama")
+    assert f"applied {says} in model.layers.0.self_attn.q_proj.weight" in found
+    assert not excused("applied_once", found)
+
+
+def test_attention_that_adds_each_product_once_keeps_the_law(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.lora import layer
+
+    assert excused("applied_once", break_it("applied_once", network="attention"))
+    merge, unmerge = layer.MultiheadAttention.merge, layer.MultiheadAttention.unmerge
+
+    def alone(self: Any, act: Callable[..., None], **given: Any) -> None:
+        """Without what the output projection does by itself."""
+        projection = self.get_base_layer().out_proj
+        projection.merge = projection.unmerge = lambda **_: None
+        act(self, **given)
+        del projection.merge, projection.unmerge
+
+    monkeypatch.setattr(layer.MultiheadAttention, "merge", lambda s, **g: alone(s, merge, **g))
+    monkeypatch.setattr(layer.MultiheadAttention, "unmerge", lambda s: alone(s, unmerge))
+    hold("applied_once", network="attention")
+
+
 # ------------------------------------------------------------------------------ patterns
 
 
