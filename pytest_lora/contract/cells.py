@@ -327,8 +327,10 @@ def _networks(dialect: Dialect, law: Any) -> tuple[str, ...]:
             if not asked and isinstance(law, str) and law in LAWS and LAWS[law].networks:
                 return ()
         if not dialect.method.is_lora:
+            if law == "chosen_layers" and not dialect.method.accepts("layers_to_transform"):
+                return ("look-alikes",)
             fit = ("linear", "many", "llama", "tied", "tied head", "layers", "bare layers",
-                   "convolution", "odd names")  # fmt: skip
+                   "kinds", "convolution", "odd names")  # fmt: skip
             return tuple(name for name in asked or (usual,) if name in fit)
     return asked or (usual,)
 
@@ -370,8 +372,10 @@ def _takes_any_size(dialect: Dialect) -> bool:
 
 
 def _dtypes(dialect: Dialect, law: str) -> list[str]:
-    half = law in LAWS and LAWS[law].half
-    if not half or not dialect.plain:
+    chosen = LAWS.get(law)
+    if chosen is None or not chosen.half:
         return ["float32"]
+    if not dialect.plain:
+        return ["bfloat16", "float32"] if chosen.any_half else ["float32"]
     own = isinstance(dialect, OwnClass)
     return ["float32", "float64"] if own else ["float32", "float64", "bfloat16"]

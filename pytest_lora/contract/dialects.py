@@ -230,7 +230,8 @@ class Peft(Dialect):
         if case.net.saved:
             options["modules_to_save"] = repr(list(case.net.saved))
         options |= case.options
-        drawn = {"{r}": str(case.r), "{alpha}": str(case.alpha)}
+        last = repr(list(case.targets[-1:]))
+        drawn = {"{r}": str(case.r), "{alpha}": str(case.alpha), "{last}": last}
         written = [f"{key}={drawn.get(code, code)}" for key, code in options.items()]
         return f"peft.{self.method.config}({', '.join(written)})"
 

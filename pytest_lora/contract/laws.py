@@ -13,9 +13,8 @@ import contextlib
 import itertools
 import random
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from pytest_lora.adapter import read_adapter
 from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
+from pytest_lora.contract import declared
 from pytest_lora.contract.derivatives import hold_gradients
 from pytest_lora.contract.dialects import FIRST, Case, Dialect, OwnClass, Peft
 from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
@@ -38,6 +38,7 @@ from pytest_lora.contract.handling import (
     hold_unload,
     refused_in_turn,
 )
+from pytest_lora.contract.law import Law, LawTable
 from pytest_lora.contract.several import (
     hold_hot_swap,
     hold_own_settings,
@@ -45,7 +46,7 @@ from pytest_lora.contract.several import (
 )
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
-from pytest_lora.loading import quiet
+from pytest_lora.loading import one_line, quiet
 from pytest_lora.numerics.fingerprint import fingerprint
 from pytest_lora.numerics.merge_bound import judge_cycle
 from pytest_lora.subject import Subject, load_base
@@ -60,41 +61,7 @@ _WEIGHTS = "for name, p in net.named_parameters(): print(name, p)"
 _TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_grad])"
 
 
-@dataclass(frozen=True, slots=True)
-class Law:
-    """One row of the table.
-
-    Attributes:
-        id: its name.
-        says: the law in one line.
-        hold: tries it once.
-        networks: networks it is tried on, where it matters which.
-        half: whether half precision is drawn as well.
-        otherwise: the network where it names none that will do, for a class of one's own as well;
-            empty for the usual one, or none where it names some.
-        excludes: why it has no meaning for an implementation, whatever is drawn; empty if it has.
-    """
-
-    id: str
-    says: str
-    hold: Callable[[Experiment], None]
-    networks: tuple[str, ...] = ()
-    half: bool = False
-    otherwise: str = ""
-    excludes: Callable[[Dialect], str] = lambda dialect: ""
-
-
-_TABLE: dict[str, Law] = {}
-
-
-def _law(*networks: str, **more: Any) -> Callable[[Callable[[Experiment], None]], Any]:
-    def enter(hold: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
-        name = hold.__name__
-        says = (hold.__doc__ or "").strip().partition("\n")[0]
-        _TABLE[name] = Law(name, says, hold, networks, **more)
-        return hold
-
-    return enter
+_law = LawTable()
 
 
 def _not_plain(dialect: Dialect) -> str:
@@ -123,7 +90,7 @@ def _without(option: str) -> Callable[[Dialect], str]:
 
 
 @_law("linear", "conv1d", "embedding", "scaled embedding", "convolution", "grouped", "experts",
-      "llama", half=True)  # fmt: skip
+      "attention", "llama", half=True)  # fmt: skip
 def identity_at_initialisation(it: Experiment) -> None:
     """A fresh adapter changes nothing: the output is the base's, bit for bit."""
     it.attach(fill=False)
@@ -167,6 +134,56 @@ def forward(it: Experiment) -> None:
     terms = _own_terms(it)
     it.expect([terms], "the adapted model")
     it.expect([terms], "the same model, run again")
+
+
+@_law("attention", "llama")
+def applied_once(it: Experiment) -> None:
+    """In each adapted layer the product is applied once: neither left out, nor twice.
+
+    The base is given the products by hand, once everywhere, or not at all or twice in one layer.
+    Which of these outputs is the nearest needs no bound of rounding.
+    """
+    if not it.is_peft or not it.dialect.plain or it.dialect.rewrites:
+        raise NotApplicable("its layers compute something else than W x + s B A x")
+    it.attach()
+    it.trial.run("adapted = run()")
+    it.trial.run(_PRODUCTS)
+    products = it.trial.names["products"]
+    expected = "once in each layer"
+    ways = {expected: dict.fromkeys(products, 1)}
+    for name in products:
+        ways |= {f"{how} in {name}": {**ways[expected], name: times}
+                 for times, how in ((0, "not at all"), (2, "twice"))}  # fmt: skip
+    adapted, gaps = it.trial.names["adapted"], {}
+    for way, times in ways.items():
+        it.dialect.build(it.trial, it.case)
+        it.trial.run(f"add({times!r})")
+        gaps[way] = float((it.output() - adapted).norm())
+    nearest = min(gaps, key=lambda way: gaps[way])
+    if nearest != expected:
+        it.dialect.build(it.trial, it.case)
+        raise it.trial.broken(
+            f"the output is as if the product was applied {nearest}: it is {gaps[nearest]:.3g} away"
+            f" from that, {gaps[expected]:.3g} from the base with each product once",
+            f"add({ways[expected]!r})",
+            f"assert (run() - adapted).norm() <= {gaps[nearest]!r}",
+        )
+
+
+_PRODUCTS = f"""
+products = {{}}
+for name, layer in model.named_modules():
+    if {FIRST!r} in getattr(layer, 'lora_A', ()):
+        B, A = layer.lora_B[{FIRST!r}].weight, layer.lora_A[{FIRST!r}].weight
+        bare = name.removeprefix('base_model.model.').replace('.base_layer', '')
+        kind = 'in_proj_weight' if hasattr(layer, 'in_proj_weight') else 'weight'
+        products[f'{{bare}}.{{kind}}'] = layer.scaling[{FIRST!r}] * (B @ A).detach()
+
+@torch.no_grad()
+def add(times):
+    for name, product in products.items():
+        net.get_parameter(name).add_(times[name] * product)
+"""
 
 
 @_law("linear", "conv1d", excludes=_not_plain)
@@ -235,7 +252,7 @@ def base_output_when_disabled(it: Experiment) -> None:
 
 
 @_law("linear", "conv1d", "embedding", "scaled embedding", "convolution", "grouped", "experts",
-      "llama", half=True)  # fmt: skip
+      "attention", "llama", half=True)  # fmt: skip
 def merge_equivalence(it: Experiment) -> None:
     """Merged and unmerged compute the same, up to derived rounding."""
     it.attach()
@@ -439,7 +456,7 @@ def tied_weights(it: Experiment) -> None:
 
 def _nothing_to_tie(it: Experiment) -> None:
     """Ties that are to be kept where there are none: head and embedding have nothing in common."""
-    _configure(it, ensure_weight_tying="True")
+    declared.configure(it, ensure_weight_tying="True")
     if it.case.seed % 2:
         saved = "['embed_tokens', 'lm_head']"
         it.case = replace(
@@ -542,9 +559,12 @@ _COME_AND_GO = (
 )
 
 
-@_law("linear", excludes=_not_plain)
+@_law("linear", "llama")
 def mixed_batch(it: Experiment) -> None:
     """A batch whose rows use different adapters gives each row what its adapter alone gives."""
+    if it.is_peft and not _is_plain(it):
+        _nearest_is_meant(it)
+        return
     it.require_plain()
     it.attach()
     terms = _own_terms(it)
@@ -569,6 +589,48 @@ def mixed_batch(it: Experiment) -> None:
                 f"assert abs(y[{row}, {worst}].item() - {float(expected[row, worst])!r}) <= "
                 f"{float(bound[row, worst])!r}",
             )
+
+
+def _nearest_is_meant(it: Experiment) -> None:
+    """Whatever its layers compute: each row is what its adapter gives, rather than another's.
+
+    How rows in parts of a batch are rounded is not known here, which of two outputs is nearer is.
+    """
+    it.attach()
+    it.trial.run("alone = {'__base__': base, 'one': run()}")
+    it.add(SECOND, it.case.other())
+    it.trial.run(f"alone[{SECOND!r}] = run()")
+    alone = it.trial.names["alone"]
+    if same_bits(alone[FIRST], it.base) or it.dialect.rewrites:
+        raise NotApplicable("the adapter's output cannot be told from the base's")
+    rows = list(alone)[: len(it.x)]
+    if it.case.net.reads_tokens:
+        _mixed_tokens(it, rows)
+    else:
+        it.say("mixed", rows)
+    found = it.trial.names["y"]
+    for row, name in enumerate(rows):
+        gaps = {other: float((found - y)[row].norm()) for other, y in alone.items()}
+        nearest = min(gaps, key=lambda other: gaps[other])
+        if nearest != name:
+            raise it.trial.broken(
+                f"row {row} asks for {name} and is nearest to what {nearest} gives: it is"
+                f" {gaps[nearest]:.3g} away from that, {gaps[name]:.3g} from what was asked for",
+                f"print({{name: (y - other)[{row}].norm() for name, other in alone.items()}})",
+                f"assert (y - alone[{name!r}])[{row}].norm() <= (y - alone[{nearest!r}])[{row}]"
+                ".norm()",
+            )
+
+
+def _mixed_tokens(it: Experiment, rows: Sequence[str]) -> None:
+    """The logits; and what gives logits can be generated from, with several beams as well."""
+    given = f"input_ids=x, adapter_names={list(rows)!r}"
+    it.output(f"model({given}).logits")
+    try:
+        it.trial.value(f"model.generate({given}, num_beams=2, max_new_tokens=2)")
+    except Exception as error:
+        step = f"model.generate({given}, num_beams=2, max_new_tokens=2)"
+        raise it.trial.broken(f"it raises: {step}: {one_line(error)}", step) from None
 
 
 @_law("linear", excludes=_not_combined)
@@ -605,10 +667,14 @@ def combination(it: Experiment) -> None:
 
 
 def _own_scaling_of_a_module(it: Experiment) -> None:
-    """In some examples one module has a scaling of its own, which its product has to have too."""
-    if it.case.seed % 2:
-        pattern = repr({it.case.targets[0]: 3 * it.case.alpha})
-        it.case = replace(it.case, options={**it.case.options, "alpha_pattern": pattern})
+    """In some examples one module has a scaling, or a larger rank, of its own in both adapters."""
+    alpha, rank = ("alpha_pattern", 3 * it.case.alpha), ("rank_pattern", it.case.r)
+    key, value = (alpha, ("", 0), ("", 0), alpha, rank)[it.case.seed % 5]
+    if key == "rank_pattern":  # no rank is larger than drawn, so that a sum has full rank as well
+        it.case = replace(it.case, r=max(it.case.r // 2, 1))
+    if key:
+        pattern = repr({it.case.targets[0]: value})
+        it.case = replace(it.case, options={**it.case.options, key: pattern})
 
 
 def _combined_alone(it: Experiment) -> None:
@@ -749,7 +815,7 @@ def eval_mode_kept(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ what is left alone
 
 
-@_law("linear", "saved", "llama")
+@_law("linear", "saved", "llama", "attention")
 def frozen_weights(it: Experiment) -> None:
     """No parameter or buffer of the base changes, whatever is done with the adapter."""
     _require_untouched_base(it)
@@ -836,7 +902,7 @@ def _trains(it: Experiment, dialect: OwnClass, active: str, when: str) -> None:
         )
 
 
-@_law(half=True)
+@_law(any_half=True)
 def dtypes_kept(it: Experiment) -> None:
     """Attaching, running, merging and unmerging leave the dtypes of base and output alone."""
     dtypes = {name: tensor.dtype for name, tensor in it.own.items()}
@@ -1051,45 +1117,28 @@ def state_round_trip(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ what is declared
 
 
-def _configure(it: Experiment, **options: str) -> None:
-    """Give the configuration further settings."""
-    if not isinstance(it.dialect, Peft):
-        raise NotApplicable("a class of one's own is told which modules to adapt by name")
-    for option in options:
-        if not it.dialect.method.accepts(option):
-            raise NotApplicable(f"its configuration has no {option}")
-    it.case = replace(it.case, options={**it.case.options, **options})
-
-
-def _attach_layers(it: Experiment, **options: str) -> dict[str, Any]:
-    """Attach with further settings; the adapted modules by name."""
-    _configure(it, **options)
-    it.attach(fill=False)
-    it.trial.run("from peft.tuners.tuners_utils import BaseTunerLayer")
-    it.trial.run(
-        "adapted = {n: m for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)}"
-    )
-    adapted: dict[str, Any] = it.trial.names["adapted"]
-    return adapted
-
-
-@_law("layers", "bare layers", "look-alikes", excludes=_without("layers_to_transform"))
+@_law("look-alikes", "layers", "bare layers")
 def chosen_layers(it: Experiment) -> None:
-    """Exactly what is chosen is adapted: by full names; by layers, the first number in a path."""
+    """Exactly what is chosen is adapted: by full names; by layers; once saved and read again.
+
+    The layer of a module is the first number in its path.
+    """
     if it.case.network == "look-alikes":
         _named_modules(it)
+        declared.hold_once_saved(it)
         return
     chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
     options = _ways_to_choose(it, chosen)
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
-    found = set(_attach_layers(it, **options))
+    found = set(declared.attach_layers(it, **options))
     if found != expected:
         raise it.trial.broken(
             f"layers {chosen}: adapted are {', '.join(sorted(found - expected)) or 'none'} of"
             f" other layers; left out are {', '.join(sorted(expected - found)) or 'none'}",
             f"assert set(adapted) == {expected!r}, set(adapted)",
         )
+    declared.hold_once_saved(it)
 
 
 def _ways_to_choose(it: Experiment, chosen: Sequence[int]) -> dict[str, str]:
@@ -1104,64 +1153,24 @@ _MANY = 24
 
 
 def _named_modules(it: Experiment) -> None:
-    """Modules given by their full names, among others whose names end or begin in the same way."""
+    """Modules given by their full names, among others whose names end or begin in the same way.
+
+    In some examples one word would say it: all that are called "up".
+    """
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
-    chosen = sorted(random.Random(it.case.seed).sample(names, _MANY))
+    if it.case.seed % 3 == 1:
+        chosen = [name for name in names if name.endswith(".up")]
+    else:
+        chosen = sorted(random.Random(it.case.seed).sample(names, _MANY))
     it.case = replace(it.case, chosen=tuple(chosen))
-    found = set(_attach_layers(it))
+    found = set(declared.attach_layers(it))
     extra, left = sorted(found - set(chosen)), sorted(set(chosen) - found)
     if extra or left:
         raise it.trial.broken(
-            f"{_MANY} modules named in full: adapted as well are {', '.join(extra) or 'none'};"
-            f" left out are {', '.join(left) or 'none'}",
+            f"{len(chosen)} modules named in full: adapted as well are"
+            f" {', '.join(extra) or 'none'}; left out are {', '.join(left) or 'none'}",
             f"assert set(adapted) == set({chosen!r}), set(adapted)",
         )
-
-
-@_law("layers", excludes=_not_lora)
-def patterns_apply(it: Experiment) -> None:
-    """rank_pattern and alpha_pattern give modules a rank and scaling, the others keep theirs."""
-    r, alpha = it.case.r, it.case.alpha
-    ranks, alphas = {"experts.1.up": 2 * r}, {"layers.0.experts.2.down": 3 * alpha}
-    adapted = _attach_layers(it, rank_pattern=repr(ranks), alpha_pattern=repr(alphas))
-    for key in (*ranks, *alphas):
-        if not any(name.endswith(key) for name in adapted):
-            raise it.trial.broken(
-                f"{key} is not adapted", f"assert any(n.endswith({key!r}) for n in adapted)"
-            )
-    for name, layer in adapted.items():
-        rank = next((value for key, value in ranks.items() if name.endswith(key)), r)
-        top = next((value for key, value in alphas.items() if name.endswith(key)), alpha)
-        scale = top / (rank**0.5 if it.dialect.name == "LORA+rslora" else rank)
-        found = len(layer.lora_A[FIRST].weight), layer.scaling[FIRST]
-        if found != (rank, scale):
-            raise it.trial.broken(
-                f"{name}: rank {found[0]} and scaling {found[1]:g}, declared are {rank} and"
-                f" {scale:g}",
-                f"layer = adapted[{name!r}]",
-                f"print(len(layer.lora_A[{FIRST!r}].weight), layer.scaling)",
-            )
-
-
-@_law("layers", excludes=_without("rank_pattern"))
-def patterns_that_match_nothing(it: Experiment) -> None:
-    """A key of rank_pattern or alpha_pattern that matches no module is refused, or told."""
-    key = ("rank_pattern", "alpha_pattern")[it.case.seed % 2]
-    _configure(it, **{key: "{'no_such_module': 7}"})
-    with warnings.catch_warnings():
-        it.trial.run(
-            "import warnings\nwarnings.filterwarnings('error', message='(?s).*no_such_module')"
-        )
-        try:
-            it.dialect.attach(it.trial, it.case)
-        except Refused as refusal:
-            if "no_such_module" in str(refusal.error):
-                return
-            raise it.outcome(refusal, always=it.has_to_run) from None
-    raise it.trial.broken(
-        f"{key}: no module is called 'no_such_module', and nobody is told",
-        "assert False, 'there was no such warning'",
-    )
 
 
 @_law("linear")
@@ -1172,4 +1181,4 @@ def targets_that_match_nothing(it: Experiment) -> None:
     hold_told_of_nothing(it)
 
 
-LAWS: Mapping[str, Law] = dict(_TABLE)
+LAWS: Mapping[str, Law] = {**_law.laws, **declared.LAWS}

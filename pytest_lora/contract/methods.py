@@ -25,7 +25,8 @@ class Method:
     Attributes:
         name: ``LORA``, ``LORA+rslora``, ``IA3``, ...
         config: the name of its configuration class in ``peft``.
-        options: settings as source code; ``{r}`` and ``{alpha}`` stand for what is drawn.
+        options: settings as source code; ``{r}`` and ``{alpha}`` stand for what is drawn,
+            ``{last}`` for the last of the modules that are adapted.
         network: the network it is tried on unless a law says otherwise.
         before, after: lines to run before and after the adapter is attached.
         plain: whether its layers compute ``W x + s B A x``.
@@ -83,7 +84,7 @@ _SMALL: Mapping[str, str] = {
     "group_size": "8",
     "vector_length": "8",
     "num_vectors": "8",
-    "feedforward_modules": "[]",
+    "feedforward_modules": "{last}",  # one of the two kinds of layers in each network
     "token_indices": "[1, 3]",
     "qalora_group_size": "8",
 }

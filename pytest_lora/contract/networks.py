@@ -138,6 +138,15 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.experts(x).transpose(0, 1).flatten(1)
 """
+_ATTENTION = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention({k}, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(query=x, key=x, value=x, need_weights=False)[0]
+"""
 _TIED = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -160,6 +169,36 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         return self.head({keyword}torch.cat([self.up(x), self.down(x)], -1).tanh())
+"""
+_TWO_HEADS = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear({k}, {d})
+        self.down = torch.nn.Linear({k}, {e})
+        self.head = torch.nn.Linear({d} + {e}, {k})
+        self.tail = torch.nn.Linear({d} + {e}, {d})
+
+    def forward(self, x):
+        x = torch.cat([self.up(x), self.down(x)], -1).tanh()
+        return torch.cat([self.head(x), self.tail(x)], -1)
+"""
+_KINDS = """
+from transformers import PretrainedConfig, PreTrainedModel
+
+class Net(PreTrainedModel):
+    config_class = PretrainedConfig
+
+    def __init__(self):
+        super().__init__(PretrainedConfig())
+        self.sound = torch.nn.ModuleDict({{"up": torch.nn.Conv2d(1, 1, 3, padding=1)}})
+        self.text = torch.nn.ModuleDict(
+            {{"up": torch.nn.Linear({k}, {d}), "down": torch.nn.Linear({k}, {e})}}
+        )
+
+    def forward(self, x):
+        x = self.sound["up"](x[:, None, :, None])[:, 0, :, 0]
+        return torch.cat([self.text["up"](x), self.text["down"](x)], -1)
 """
 _LAYERS = """
 class Part(torch.nn.Module):
@@ -247,6 +286,7 @@ class Network:
         linear: modules whose outputs are side by side in the network's, in this order, each
             computing ``x W^T + b``.
         saved: modules that are trained whole and saved with the adapter.
+        all_linear: whether its targets are all of its linear layers.
     """
 
     source: str
@@ -256,6 +296,7 @@ class Network:
     parameters: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    all_linear: bool = False
 
     @property
     def reads_tokens(self) -> bool:
@@ -290,6 +331,9 @@ NETWORKS: Mapping[str, Network] = {
         targets=(),
         parameters=("experts.up", "experts.down"),
     ),
+    "attention": Network(
+        _ATTENTION, "torch.randn(2, 5, {k}, dtype={dtype})", targets=("attention",)
+    ),
     "tied": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("middle",)),
     "tied head": Network(_TIED, "torch.randint({k}, (3, 4))", targets=("head",)),
     "saved": Network(
@@ -297,6 +341,11 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "saved, by keyword": Network(
         _SAVED.replace("{keyword}", "input="), "torch.randn(3, {k}, dtype={dtype})", saved=("head",)
+    ),
+    "two heads": Network(_TWO_HEADS, "torch.randn(3, {k}, dtype={dtype})", saved=("head",)),
+    "kinds": Network(
+        _KINDS, "torch.randn(3, {k}, dtype={dtype})", targets=("text.up", "text.down"),
+        all_linear=True,
     ),
     "layers": Network(_LAYERS + _INNER, "torch.randn(3, {k}, dtype={dtype})"),
     "bare layers": Network(_LAYERS + "\nNet = Body\n", "torch.randn(3, {k}, dtype={dtype})"),
@@ -319,8 +368,8 @@ NETWORKS: Mapping[str, Network] = {
 """The networks by name."""
 
 ONLY_LORA = (
-    "grouped", "experts", "fused experts", "saved", "saved, by keyword", "look-alikes",
-    "untied llama", "tied llama", "experts llama",
+    "grouped", "experts", "fused experts", "attention", "saved", "saved, by keyword",
+    "two heads", "look-alikes", "untied llama", "tied llama", "experts llama",
 )  # fmt: skip
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.
