@@ -21,7 +21,7 @@ from hypothesis import settings
 
 from pytest_lora.carried import arrived, hand_on
 from pytest_lora.contract import IN_FRESH_PROCESSES, cells
-from pytest_lora.contract.cells import Cell, Result, Verdict, contract_cells
+from pytest_lora.contract.cells import Cell, Result, Verdict, contract_cells, sample_of
 from pytest_lora.contract.laws import HASH_SEEDS
 from pytest_lora.contract.table import summary, table_lines
 from pytest_lora.contract.trial import ContractBroken
@@ -111,11 +111,17 @@ class ContractPlugin:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what PEFT's dependencies deprecate on import
                 place = "cpu" if device == "auto" else device
-                self.cells = contract_cells(value or None, device=place)
+                found = contract_cells(value or None, device=place)
         except (UsageError, CannotRun) as error:
             raise pytest.UsageError(str(error)) from None
         finally:
             sys.path.pop(0)
+        self.cells = sample_of(found) if self._is_quick else found
+
+    @property
+    def _is_quick(self) -> bool:
+        """Whether few examples are tried, of some methods only where that will do."""
+        return self.depth == QUICK and not self.config.getoption(PROFILE_OPTION, None)
 
     def _settings(self, cell: Cell) -> settings:
         chosen = settings()  # of the profile in force
@@ -174,6 +180,9 @@ class ContractPlugin:
         order = {(cell.method, cell.law): place for place, cell in enumerate(self.cells)}
         self.verdicts.sort(key=lambda verdict: order[verdict.method, verdict.law])
         terminalreporter.write_sep("=", "LoRA contract")
-        quick = self.depth == QUICK and not self.config.getoption(PROFILE_OPTION, None)
-        for line in (*table_lines(self.verdicts), "", *summary(self.verdicts, quick=quick)):
+        for line in (
+            *table_lines(self.verdicts),
+            "",
+            *summary(self.verdicts, quick=self._is_quick),
+        ):
             terminalreporter.write_line(line)

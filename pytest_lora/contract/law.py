@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.contract.dialects import Dialect, Peft
+from pytest_lora.contract.experiment import NOT_PLAIN
+
 if TYPE_CHECKING:
-    from pytest_lora.contract.dialects import Dialect
     from pytest_lora.contract.experiment import Experiment
 
-__all__ = ["Law", "LawTable"]
+__all__ = ["Law", "LawTable", "not_combined", "not_plain", "without"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Law:
         otherwise: the network where it names none that will do, for a class of one's own as well;
             empty for the usual one, or none where it names some.
         excludes: why it has no meaning for an implementation, whatever is drawn; empty if it has.
+        sampled: whether it looks at code that PEFT's methods have in common, so that some of them
+            will do where there is no time for all.
     """
 
     id: str
@@ -37,6 +41,7 @@ class Law:
     any_half: bool = False
     otherwise: str = ""
     excludes: Callable[[Dialect], str] = lambda dialect: ""
+    sampled: bool = False
 
 
 class LawTable:
@@ -57,3 +62,27 @@ class LawTable:
             return hold
 
         return enter
+
+
+# ------------------------------------------------------------------------------ what has no meaning
+
+
+def not_plain(dialect: Dialect) -> str:
+    """Why a law about ``W x + s B A x`` says nothing of it."""
+    return "" if dialect.plain else NOT_PLAIN
+
+
+def not_combined(dialect: Dialect) -> str:
+    """Why a law about combinations of adapters says nothing of it."""
+    is_lora = isinstance(dialect, Peft) and dialect.method.is_lora
+    return "" if is_lora else not_plain(dialect)
+
+
+def without(option: str) -> Callable[[Dialect], str]:
+    """For laws about a setting: why they say nothing of a method."""
+
+    def excludes(dialect: Dialect) -> str:
+        lacks = isinstance(dialect, Peft) and not dialect.method.accepts(option)
+        return f"its configuration has no {option}" if lacks else ""
+
+    return excludes

@@ -28,7 +28,7 @@ from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract import declared
 from pytest_lora.contract.derivatives import hold_gradients
-from pytest_lora.contract.dialects import FIRST, Case, Dialect, OwnClass, Peft
+from pytest_lora.contract.dialects import FIRST, Case, OwnClass, Peft
 from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
 from pytest_lora.contract.handling import (
     hold_parameters,
@@ -38,7 +38,7 @@ from pytest_lora.contract.handling import (
     hold_unload,
     refused_in_turn,
 )
-from pytest_lora.contract.law import Law, LawTable
+from pytest_lora.contract.law import Law, LawTable, not_combined, not_plain
 from pytest_lora.contract.several import (
     hold_hot_swap,
     hold_own_settings,
@@ -62,28 +62,6 @@ _TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_
 
 
 _law = LawTable()
-
-
-def _not_plain(dialect: Dialect) -> str:
-    return "" if dialect.plain else NOT_PLAIN
-
-
-def _not_combined(dialect: Dialect) -> str:
-    alone = isinstance(dialect, Peft) and dialect.method.is_lora
-    return "" if alone else _not_plain(dialect)
-
-
-def _not_lora(dialect: Dialect) -> str:
-    known = isinstance(dialect, Peft) and dialect.method.is_lora
-    return "" if known else "only LoRA's ranks and scalings are known"
-
-
-def _without(option: str) -> Callable[[Dialect], str]:
-    def excludes(dialect: Dialect) -> str:
-        lacks = isinstance(dialect, Peft) and not dialect.method.accepts(option)
-        return f"its configuration has no {option}" if lacks else ""
-
-    return excludes
 
 
 # ------------------------------------------------------------------------------ what is computed
@@ -126,7 +104,7 @@ def _other_tensor(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     return next((f"{name}: {difference}" for name, difference in differing if difference), "")
 
 
-@_law("linear", "conv1d", half=True, excludes=_not_plain)
+@_law("linear", "conv1d", half=True, excludes=not_plain)
 def forward(it: Experiment) -> None:
     """The output is W x + b + alpha/r B A x, in eval mode without any dropout."""
     it.require_plain()
@@ -136,7 +114,7 @@ def forward(it: Experiment) -> None:
     it.expect([terms], "the same model, run again")
 
 
-@_law("attention", "llama")
+@_law("attention", "llama", excludes=not_plain)
 def applied_once(it: Experiment) -> None:
     """In each adapted layer the product is applied once: neither left out, nor twice.
 
@@ -144,7 +122,7 @@ def applied_once(it: Experiment) -> None:
     Which of these outputs is the nearest needs no bound of rounding.
     """
     if not it.is_peft or not it.dialect.plain or it.dialect.rewrites:
-        raise NotApplicable("its layers compute something else than W x + s B A x")
+        raise NotApplicable(NOT_PLAIN)
     it.attach()
     it.trial.run("adapted = run()")
     it.trial.run(_PRODUCTS)
@@ -186,7 +164,7 @@ def add(times):
 """
 
 
-@_law("linear", "conv1d", excludes=_not_plain)
+@_law("linear", "conv1d", excludes=not_plain)
 def linear_in_scaling(it: Experiment) -> None:
     """Three times the scaling is three times the change, none is none, once is as before."""
     it.require_plain()
@@ -211,7 +189,7 @@ def _scaled_and_back(it: Experiment, terms: Mapping[str, Any]) -> None:
         it.expect([terms], f"after {back}")
 
 
-@_law("linear", "conv1d", excludes=_not_plain)
+@_law("linear", "conv1d", excludes=not_plain)
 def gradients(it: Experiment) -> None:
     """In training each gradient is the derivative of the output, dropout included, every time."""
     reference = it.require_plain()
@@ -298,7 +276,7 @@ def unmerge_restoration(it: Experiment) -> None:
     it.expect([terms], f"after {CYCLES} merges and unmerges", merges=2 * CYCLES)
 
 
-@_law("linear", half=True, excludes=_not_plain)
+@_law("linear", half=True, excludes=not_plain)
 def unmerge_without_growth(it: Experiment) -> None:
     """Many cycles lose no more than what a single one may."""
     it.require_plain()
@@ -633,7 +611,7 @@ def _mixed_tokens(it: Experiment, rows: Sequence[str]) -> None:
         raise it.trial.broken(f"it raises: {step}: {one_line(error)}", step) from None
 
 
-@_law("linear", excludes=_not_combined)
+@_law("linear", excludes=not_combined)
 def combination(it: Experiment) -> None:
     """Products add up: combine([a], [1]) is a, [-1] is -a; cat and full-rank svd of two add."""
     if isinstance(it.dialect, Peft) and it.dialect.method.is_lora and not it.dialect.plain:
@@ -762,7 +740,7 @@ def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
             )
 
 
-@_law("linear")
+@_law("linear", excludes=not_plain)
 def random_combinations(it: Experiment) -> None:
     """A combination that drops numbers at random is right in the mean."""
     it.require_plain()
@@ -770,20 +748,20 @@ def random_combinations(it: Experiment) -> None:
     hold_random_combinations(it)
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped")
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", excludes=not_plain)
 def hot_swap(it: Experiment) -> None:
     """An adapter swapped into the place of one of another rank computes what it does loaded."""
     hold_hot_swap(it)
 
 
-@_law("linear", "saved", "fused experts")
+@_law("linear", "saved", "fused experts", sampled=True)
 def own_settings(it: Experiment) -> None:
     """Beside an adapter of other settings each computes what it computes alone, bit for bit."""
     it.attach()
     hold_own_settings(it)
 
 
-@_law("linear", "saved")
+@_law("linear", "saved", sampled=True)
 def taken_names(it: Experiment) -> None:
     """An adapter of a name that is taken changes nothing: it is refused."""
     it.attach()
@@ -845,14 +823,14 @@ def _is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
-@_law("linear", "conv1d", "embedding", "convolution")
+@_law("linear", "conv1d", "embedding", "convolution", sampled=True)
 def parameters_kept(it: Experiment) -> None:
     """Merging, unmerging and switching leave each parameter the object, bits and flag it was."""
     it.attach()
     hold_parameters(it)
 
 
-@_law("linear", "saved", "llama")
+@_law("linear", "saved", "llama", sampled=True)
 def unloaded(it: Experiment) -> None:
     """Unloaded, the model is the base again: its output, its modules, its attributes."""
     _require_untouched_base(it)
@@ -1106,7 +1084,7 @@ def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
 
 
 @_law("linear", "odd names", "conv1d", "embedding", "convolution", "grouped", "experts",
-      "experts llama")  # fmt: skip
+      "experts llama", sampled=True)  # fmt: skip
 def state_round_trip(it: Experiment) -> None:
     """The state read out of a model, read into another one, gives the same output, bit for bit."""
     _require_untouched_base(it)
@@ -1173,7 +1151,7 @@ def _named_modules(it: Experiment) -> None:
         )
 
 
-@_law("linear")
+@_law("linear", sampled=True)
 def targets_that_match_nothing(it: Experiment) -> None:
     """An adapter none of whose targets exists is refused, or told, the first or the second."""
     it.attach()
