@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Change", "Known", "cause_of"]
+from pytest_lora.numerics.rounding import unit
+
+__all__ = ["Change", "Known", "cause_of", "rows_of_others"]
 
 _SEED = 20231
 _PROBED = 64.0
@@ -79,6 +81,8 @@ def cause_of(
     known: Known,
     bound: torch.Tensor,
     changes: Mapping[str, Change],
+    beside: Mapping[str, Change],
+    own: str,
 ) -> Cause:
     """What is there, and what to do.
 
@@ -87,6 +91,8 @@ def cause_of(
         known: what it should be made of.
         bound: by how much it may be off.
         changes: the deltas of all weights, by name.
+        beside: those of the weights of its block, by the names of their modules.
+        own: the name of the weight's module.
     """
     base, room = known.matrix(known.weight).double(), known.matrix(bound)
     change, delta = known.matrix(found).double() - base, known.change.matrix
@@ -98,6 +104,7 @@ def cause_of(
         _scaled(change, delta, room)
         or _in_other_order(change, delta, room)
         or _other_ones(change, known.change, room, changes)
+        or rows_of_others(change, room, own, beside)
         or _in_blocks(((change - delta).abs() <= room).all(1))
         or _whole_in_other_order(base + change, base + delta, room)
         or _in_numbers(change, known, room)
@@ -194,6 +201,57 @@ def _other_ones(
     return None
 
 
+def rows_of_others(
+    change: torch.Tensor, room: torch.Tensor, own: str, beside: Mapping[str, Change]
+) -> Cause | None:
+    """Whether every row is one of a delta beside it, or empty, and which is the first that is not
+    of its own.
+    """
+    rows, where = _rows_beside(beside, change.shape[1])
+    if not {name for name, _ in where} - {own} or len(change) > _MOST_ROWS:
+        return None
+    # Another one's products are summed otherwise than the weight's own.
+    slack = 2 * room + _PROBED * unit(torch.float32) * change.abs().amax(1, keepdim=True)
+    empty = (change.abs() <= slack).all(1)
+    nearest = _nearest(change, rows)
+    if not bool((empty | ((change - rows[nearest]).abs() <= slack).all(1)).all()):
+        return None
+    foreign = [
+        (row, *where[place])
+        for row, place in enumerate(nearest.tolist())
+        if not empty[row] and where[place][0] != own
+    ]
+    if not foreign:
+        return None
+    row, name, place = foreign[0]
+    return (
+        f"rows of other deltas: row {row} holds row {place} of {name}'s,"
+        f" {len(foreign)} of {len(change)} rows are such",
+        "a fused weight was filled or cut at other rows: the two formats lay it out differently",
+    )
+
+
+def _rows_beside(
+    beside: Mapping[str, Change], width: int
+) -> tuple[torch.Tensor, list[tuple[str, int]]]:
+    """All rows of the deltas of this width, and whose they are."""
+    of_width = {
+        name: other.matrix
+        for name, other in beside.items()
+        if other.shape[1] == width and other.shape[0] <= _MOST_ROWS
+    }
+    where = [(name, row) for name, delta in of_width.items() for row in range(len(delta))]
+    return torch.cat(list(of_width.values())) if where else torch.empty(0, width), where
+
+
+def _nearest(found: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """For each row that of ``rows`` whose products with a few random vectors are nearest."""
+    generator = torch.Generator().manual_seed(_SEED)
+    probes = torch.randn(found.shape[1], 32, generator=generator, dtype=torch.float64)
+    probes = probes.to(found.device)
+    return torch.cdist(found @ probes, rows.to(found.device) @ probes).argmin(1)
+
+
 def _in_numbers(change: torch.Tensor, known: Known, room: torch.Tensor) -> Cause:
     delta, factor = known.change.matrix, known.change.A
     size, off = float(delta.norm()), float((change - delta).norm())
@@ -201,6 +259,9 @@ def _in_numbers(change: torch.Tensor, known: Known, room: torch.Tensor) -> Cause
     if factor is None:
         return said, "factors in another order, or quantised weights"
     if _of_rank(change, factor.shape[0], room):
+        within = _of_the_factors(change, known.change, factor, room)
+        if within is not None:
+            return within
         return (
             f"a change of rank {factor.shape[0]} or less as the adapter's is, but another one",
             "factors in another layout, padded to another rank, or of another adapter",
@@ -208,6 +269,43 @@ def _in_numbers(change: torch.Tensor, known: Known, room: torch.Tensor) -> Cause
     return (
         f"{said}, and the difference from the base is no change of rank {factor.shape[0]}",
         "another base model, quantised weights, or something else merged as well",
+    )
+
+
+def _of_the_factors(
+    change: torch.Tensor, own: Change, a: torch.Tensor, room: torch.Tensor
+) -> Cause | None:
+    """Whether it is ``B M A`` with a diagonal ``M``, or one that pairs the ranks otherwise."""
+    b, a = own.scaling * own.B.double(), a.double()
+    core = torch.linalg.pinv(b) @ change @ torch.linalg.pinv(a)
+    shares = core.diagonal().clone()
+    for exact in (0.0, 1.0):
+        shares[(shares - exact).abs() < _SNAP] = exact
+    if _within(change, (b * shares) @ a, 2 * room):
+        return _said_of_ranks(shares.tolist())
+    paired = core.abs().argmax(1)
+    if _within(change, b @ a[paired], 2 * room):
+        return "the factors' ranks in another order in A than in B", _ORDER
+    return None
+
+
+_SNAP = 1e-3
+"""A share this near to all or nothing is tried as that; the elements decide."""
+
+
+def _said_of_ranks(shares: list[float]) -> Cause:
+    absent = [str(rank) for rank, share in enumerate(shares) if share == 0]
+    if absent and all(share in (0, 1) for share in shares):
+        return (
+            f"{len(shares) - len(absent)} of the factors' {len(shares)} ranks: without"
+            f" {', '.join(absent[:4])}{', ...' if len(absent) > 4 else ''}",
+            "factors were cut or split along the rank, or padded between shards",
+        )
+    first = next(rank for rank, share in enumerate(shares) if share != 1)
+    return (
+        f"the delta with its ranks at scalings of their own: rank {first} at"
+        f" {shares[first]:.3g} times",
+        "a scaling by rank or by magnitude was left out, or put in twice",
     )
 
 

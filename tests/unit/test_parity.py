@@ -108,6 +108,20 @@ def test_the_base_model_and_mixed_batches_are_asked_for(served: Any) -> None:
     assert None not in batches[3] + batches[4]
 
 
+def test_a_mixed_batch_may_come_row_by_row(served: Any) -> None:
+    subjects, outputs = served
+    serve = outputs.__getitem__
+    lora.assert_serving_parity(
+        serve, subjects, base=True, mixed=lambda names: list(_mix(outputs, names))
+    )
+    with pytest.raises(CheckFailed, match=r"a mixed batch of .*: row 1"):
+        lora.assert_serving_parity(
+            serve, subjects, base=True, mixed=lambda names: list(_mix(outputs, [names[0]] * 2))
+        )
+    with pytest.raises(UsageError, match="no batch of rows"):
+        lora.assert_serving_parity(serve, subjects, mixed=lambda names: ["text"] * 2)  # type: ignore
+
+
 def test_an_adapter_that_stays_on_for_the_base_model(served: Any) -> None:
     subjects, outputs = served
     last: list[Any] = []
