@@ -75,6 +75,7 @@ def measure_labels_sound(
     trailing: int = 0,
     begin: int | None = None,
     prompts: Sequence[int] | None = None,
+    answers: Sequence[int] | None = None,
     ignored: int = -100,
 ) -> Measurement:
     """Count the rows of a batch whose labels teach something else than the text.
@@ -89,11 +90,15 @@ def measure_labels_sound(
         begin: the token that begins a text, once.
         prompts: how many tokens at the beginning of each text are its prompt; these have to be
             ignored, and all others taught.
+        answers: the tokens that open each answer of a chat; what follows them, up to the end token
+            and with it, has to be taught, and all else ignored but ``trailing`` tokens after it.
         ignored: the label that stands for none.
 
     Raises:
-        UsageError: no such batch.
+        UsageError: no such batch, or no end for the answers.
     """
+    if answers is not None and (not len(answers) or end is None or prompts is not None):
+        raise UsageError("answers are the tokens that open one: with end, and without prompts")
     rows = list(_rows(batch, ignored))
     texts = [text for row, segments in rows for text in _texts(row, segments)]
     if prompts is not None and len(prompts) != len(texts):
@@ -105,6 +110,7 @@ def measure_labels_sound(
         problems += _wrong_end(text, ends, trailing) if ends else []
         problems += _wrong_begin(text, begin) if begin is not None else []
         problems += _wrong_prompt(text, prompts[number]) if prompts is not None else []
+        problems += _wrong_chat(text, answers, ends, trailing) if answers is not None else []
     places = sum(row.labels.numel() for row, _ in rows)
     taught = sum(int(row.taught.sum()) for row, _ in rows)
     return Measurement.of_problems(
@@ -225,3 +231,49 @@ def _wrong_prompt(row: _Row, length: int) -> Iterator[Problem]:
     if len(lost):
         said = f"{len(lost)} tokens of the answer are ignored"
         yield Problem(row.at(lost), said, "taught", _ANSWER_IGNORED)
+
+
+def _wrong_chat(
+    row: _Row, opening: Sequence[int], ends: Collection[int], trailing: int
+) -> Iterator[Problem]:
+    """Every answer taught to its end, and nothing between them."""
+    spans = list(_answers(row.tokens[row.text].tolist(), opening, ends))
+    if not spans:
+        if len(row.text):
+            shown = ", ".join(map(str, opening))
+            yield Problem(row.name, f"no answer: the tokens {shown} are not in it", "one at least",
+                          "take them from the template's output: tokens merge there")  # fmt: skip
+        return
+    outside = torch.ones_like(row.text, dtype=torch.bool)
+    for number, (first, last) in enumerate(spans, start=1):
+        outside[first : last + 1 + trailing] = False
+        places = row.text[first : last + 1]
+        lost = places[~row.taught[places]]
+        if len(lost):
+            all_of_it = "all" if len(lost) == len(places) else f"{len(lost)}"
+            said = f"{all_of_it} tokens of answer {number} of {len(spans)} are ignored"
+            yield Problem(row.at(lost), said, "taught", _ANSWER_IGNORED)
+    between = row.text[outside]
+    taught = between[row.taught[between]]
+    if len(taught):
+        yield Problem(row.at(taught), f"{len(taught)} tokens outside the answers are taught",
+                      "ignored", _BETWEEN)  # fmt: skip
+
+
+_BETWEEN = "the mask was not switched off after an answer, or is on from the template's opening on"
+
+
+def _answers(
+    tokens: Sequence[int], opening: Sequence[int], ends: Collection[int]
+) -> Iterator[tuple[int, int]]:
+    """The first and last place of each answer; of one that was cut, the text's last."""
+    place, length = 0, len(opening)
+    while place + length < len(tokens):
+        if list(tokens[place : place + length]) != list(opening):
+            place += 1
+            continue
+        first = place = place + length
+        while place < len(tokens) - 1 and tokens[place] not in ends:
+            place += 1
+        yield first, place
+        place += 1
