@@ -240,6 +240,32 @@ def test_factors_used_otherwise(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_causes_are_told_in_coarse_formats_and_not_of_noise(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = llama(num_key_value_heads=2).to(dtype)
+    subject = _subject(tmp_path, "q_proj", "v_proj", base=base)
+    good = _weights(_merged(subject))
+    assert lora.assert_export_parity(good, subject).value <= 1
+    file = load_file(subject.adapter.path / "adapter_model.safetensors")
+    module = "model.layers.0.self_attn.q_proj"
+    a, b = (file[f"base_model.model.{module}.lora_{side}.weight"].float() for side in "AB")
+    name, weight = f"{module}.weight", subject.base.module.state_dict()[f"{module}.weight"]
+
+    def said(delta: torch.Tensor) -> str:
+        return _said(good | {name: (weight.float() + 3.0 * delta).to(dtype)}, subject)
+
+    assert f"{name}: 2 of the factors' 4 ranks: without 2, 3" in said(b[:, :2] @ a[:2])
+    assert f"{name}: the factors' ranks in another order" in said(b @ a.roll(1, 0))
+    assert f"{name}: 0.5 times the delta" in said(b @ a / 2)
+    size = torch.finfo(dtype).eps * weight.float().abs().max()
+    for noise in (2, 4, 8):  # rounding more than once, or in a coarser format: nobody knows
+        torch.manual_seed(noise)
+        off = noise * size * torch.randn(weight.shape)
+        assert f"{name}: off by" in said(b @ a + off), noise
+
+
 def test_rows_of_the_deltas_beside_it(tmp_path: Path) -> None:
     """As where a fused weight of q, k and v is filled at rows of another layout."""
     subject = _subject(tmp_path, "q_proj", "v_proj", base=llama(num_key_value_heads=2))
