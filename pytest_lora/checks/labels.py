@@ -107,7 +107,7 @@ def measure_labels_sound(
     problems = [problem for row, _ in rows for problem in _wrong_labels(row)]
     for number, text in enumerate(texts):
         problems += _wrong_beginning(text)
-        problems += _wrong_end(text, ends, trailing) if ends else []
+        problems += _wrong_end(text, ends, trailing, told=answers is not None) if ends else []
         problems += _wrong_begin(text, begin) if begin is not None else []
         problems += _wrong_prompt(text, prompts[number]) if prompts is not None else []
         problems += _wrong_chat(text, answers, ends, trailing) if answers is not None else []
@@ -200,7 +200,10 @@ def _why_other(row: _Row) -> str:
     return "labels and input_ids come of different texts, or were cut or padded differently"
 
 
-def _wrong_end(row: _Row, ends: Collection[int], trailing: int) -> Iterator[Problem]:
+def _wrong_end(
+    row: _Row, ends: Collection[int], trailing: int, *, told: bool = False
+) -> Iterator[Problem]:
+    """``told``: whether each answer's end is looked at by itself."""
     last = row.text[-1 - trailing :]
     found = [place for place in last if int(row.tokens[place]) in ends]
     if not len(last):
@@ -208,7 +211,7 @@ def _wrong_end(row: _Row, ends: Collection[int], trailing: int) -> Iterator[Prob
     if not found:
         wanted = ", ".join(map(str, sorted(ends)))
         yield Problem(row.at(last), "the text ends without an end token", wanted, _NO_END)
-    elif not bool(row.taught[found[-1]]):
+    elif not told and not bool(row.taught[found[-1]]):
         place = row.at(found[-1][None])
         yield Problem(place, "the end token is ignored", "taught", _END_IGNORED)
 
@@ -250,8 +253,13 @@ def _wrong_chat(
         places = row.text[first : last + 1]
         lost = places[~row.taught[places]]
         if len(lost):
+            which = f"answer {number} of {len(spans)}"
+            if len(lost) == 1 < len(places) and int(row.tokens[lost[0]]) in ends:
+                yield Problem(row.at(lost), f"the end token of {which} is ignored", "taught",
+                              "the mask ends before it, and nobody learns to stop")  # fmt: skip
+                continue
             all_of_it = "all" if len(lost) == len(places) else f"{len(lost)}"
-            said = f"{all_of_it} tokens of answer {number} of {len(spans)} are ignored"
+            said = f"{all_of_it} tokens of {which} are ignored"
             yield Problem(row.at(lost), said, "taught", _ANSWER_IGNORED)
     between = row.text[outside]
     taught = between[row.taught[between]]
