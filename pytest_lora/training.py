@@ -382,6 +382,7 @@ def assert_labels_sound(
     trailing: int = 0,
     begin: int | None = None,
     prompts: Sequence[int] | None = None,
+    answers: Sequence[int] | None = None,
     ignored: int = -100,
 ) -> Measurement:
     """The labels of a batch are its tokens in place, and teach the answers up to their end.
@@ -394,6 +395,8 @@ def assert_labels_sound(
         trailing: how many tokens a template writes after it.
         begin: the token that has to begin each text, once.
         prompts: how many tokens of each text are its prompt: ignored, while all others are taught.
+        answers: the tokens that open each answer of a chat, taught up to the end token and with it,
+            while all else is ignored.
         ignored: the label that stands for none.
     """
     __tracebackhide__ = True
@@ -401,7 +404,13 @@ def assert_labels_sound(
 
     def measure() -> Measurement:
         return measure_labels_sound(
-            batch, end=end, trailing=trailing, begin=begin, prompts=prompts, ignored=ignored
+            batch,
+            end=end,
+            trailing=trailing,
+            begin=begin,
+            prompts=prompts,
+            answers=answers,
+            ignored=ignored,
         )
 
     return decide("labels_sound", None, measure)

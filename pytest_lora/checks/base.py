@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -592,10 +592,27 @@ def _place_of(module: LoraModule) -> str:
 
 
 def _by_kind(names: Iterable[str]) -> str:
-    """Names grouped by kind, the most frequent first: ``model.layers.*.mlp.up_proj (22)``."""
-    counted = Counter(kind_of(name.removeprefix(BASE_PREFIX)) for name in sorted(names))
-    shown = [f"{kind} ({count})" for kind, count in counted.most_common(3)]
-    return ", ".join(shown) + (", ..." if len(counted) > 3 else "")
+    """Names grouped by kind, the most frequent first: ``model.layers.*.mlp.up_proj (22)``.
+
+    One alone keeps its number; those of the layers from some number on say which.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(name.removeprefix(BASE_PREFIX) for name in names):
+        groups[kind_of(name)].append(name)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    shown = [f"{kind} ({len(found)}{_from(found)})" if len(found) > 1 else f"{found[0]} (1)"
+             for kind, found in ordered[:3]]  # fmt: skip
+    return ", ".join(shown) + (", ..." if len(ordered) > 3 else "")
+
+
+def _from(names: Sequence[str]) -> str:
+    """``: 16 to 31`` where these are the layers of all names, and not from the first on."""
+    numbers = [re.findall(r"(?<=\.)\d+(?=\.|$)", name) for name in names]
+    if any(len(found) != 1 for found in numbers):
+        return ""
+    layers = sorted({int(found[0]) for found in numbers})
+    low, high = layers[0], layers[-1]
+    return f": {low} to {high}" if low > 0 and high - low == len(layers) - 1 else ""
 
 
 def _commit_of(path: Path) -> str | None:

@@ -53,9 +53,12 @@ def declare(
             what the configuration says.
 
     Raises:
-        UsageError: nothing is declared, a pattern matches nothing, or the adapter is not named.
+        UsageError: it is no model, nothing is declared, a pattern matches nothing, or the adapter
+            is not named.
     """
     model = unwrapped(model)
+    if not hasattr(model, "named_parameters"):
+        raise UsageError(f"expected a model whose parameters are named, not {type(model).__name__}")
     named = dict(model.named_parameters())
     adapters = tuple(getattr(model, "peft_config", ()))
     name = _adapter_name(model, adapters, adapter, bool(trainable))

@@ -24,7 +24,7 @@ import torch
 
 from pytest_lora.attach import ADAPTER_NAME
 from pytest_lora.checks.deltas import adapted_modules, kind_of
-from pytest_lora.checks.export_causes import Change, Known, cause_of
+from pytest_lora.checks.export_causes import Change, Known, cause_of, rows_of_others
 from pytest_lora.checks.merge_layers import describe, is_token_layer
 from pytest_lora.errors import NotApplicable, UsageError
 from pytest_lora.loading import load_weights, one_line
@@ -304,25 +304,60 @@ def _judge(
     ratio = float((gap / bound).nan_to_num(math.inf, math.inf).where(gap != 0, gap).max())
     if ratio <= 1:
         return ratio, None
+    beside = _beside(name, changes)
     if one.known is None or not bool(found.isfinite().all()):
-        return ratio, _plain_problem(name, one, found, gap > bound)
-    said, fix = cause_of(found, one.known, bound, changes)
+        return ratio, _plain_problem(name, one, found, gap > bound, beside)
+    said, fix = cause_of(found, one.known, bound, changes, beside, _module_of(name))
     wanted = "the trained weight" if one.known.whole else "the base's weight with the delta"
     return ratio, Problem(name, said, wanted, fix)
+
+
+def _beside(name: str, changes: Mapping[str, Change]) -> dict[str, Change]:
+    """The deltas of the modules in the same block, its own among them, by their modules' names."""
+    block = name.rsplit(".", 2)[0]
+    return {
+        _module_of(other): change
+        for other, change in changes.items()
+        if other.rsplit(".", 2)[0] == block
+    }
+
+
+def _module_of(name: str) -> str:
+    return name.split(".")[-2] if "." in name else name
 
 
 _SHAPE = "a vocabulary that was resized, or cut to the tokenizer's, is not the one trained with"
 
 
-def _plain_problem(name: str, one: _Expected, found: torch.Tensor, wrong: torch.Tensor) -> Problem:
+def _plain_problem(
+    name: str,
+    one: _Expected,
+    found: torch.Tensor,
+    wrong: torch.Tensor,
+    beside: Mapping[str, Change],
+) -> Problem:
     bad = int((~found.isfinite()).sum())
     if bad:
         return Problem(name, f"{bad} of {found.numel()} values are not finite", "finite numbers")
     what = f"{int(wrong.sum())} of {found.numel()} values are off"
     if one.origin == "base":
+        foreign = _foreign_rows(name, one.wide, found, beside)
+        if foreign is not None:
+            return Problem(name, foreign[0], "the base's own weight", foreign[1])
         fix = "nothing of the adapter belongs here: it is another base model, or was written over"
         return Problem(name, what, "the base's own weight", fix)
     return Problem(name, what, "what the adapter makes of it")
+
+
+def _foreign_rows(
+    name: str, base: torch.Tensor, found: torch.Tensor, beside: Mapping[str, Change]
+) -> tuple[str, str] | None:
+    """What of the deltas beside it was added to a weight that has none."""
+    if base.dim() != 2:
+        return None
+    change = found.double() - base
+    room = unit(found.dtype) * (base.abs() + 2 * change.abs() + found.double().abs())
+    return rows_of_others(change, room, _module_of(name), beside)
 
 
 def _grouped(problems: list[tuple[str, Problem]]) -> Iterator[Problem]:

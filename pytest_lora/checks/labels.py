@@ -75,6 +75,7 @@ def measure_labels_sound(
     trailing: int = 0,
     begin: int | None = None,
     prompts: Sequence[int] | None = None,
+    answers: Sequence[int] | None = None,
     ignored: int = -100,
 ) -> Measurement:
     """Count the rows of a batch whose labels teach something else than the text.
@@ -89,11 +90,15 @@ def measure_labels_sound(
         begin: the token that begins a text, once.
         prompts: how many tokens at the beginning of each text are its prompt; these have to be
             ignored, and all others taught.
+        answers: the tokens that open each answer of a chat; what follows them, up to the end token
+            and with it, has to be taught, and all else ignored but ``trailing`` tokens after it.
         ignored: the label that stands for none.
 
     Raises:
-        UsageError: no such batch.
+        UsageError: no such batch, or no end for the answers.
     """
+    if answers is not None and (not len(answers) or end is None or prompts is not None):
+        raise UsageError("answers are the tokens that open one: with end, and without prompts")
     rows = list(_rows(batch, ignored))
     texts = [text for row, segments in rows for text in _texts(row, segments)]
     if prompts is not None and len(prompts) != len(texts):
@@ -102,9 +107,10 @@ def measure_labels_sound(
     problems = [problem for row, _ in rows for problem in _wrong_labels(row)]
     for number, text in enumerate(texts):
         problems += _wrong_beginning(text)
-        problems += _wrong_end(text, ends, trailing) if ends else []
+        problems += _wrong_end(text, ends, trailing, told=answers is not None) if ends else []
         problems += _wrong_begin(text, begin) if begin is not None else []
         problems += _wrong_prompt(text, prompts[number]) if prompts is not None else []
+        problems += _wrong_chat(text, answers, ends, trailing) if answers is not None else []
     places = sum(row.labels.numel() for row, _ in rows)
     taught = sum(int(row.taught.sum()) for row, _ in rows)
     return Measurement.of_problems(
@@ -194,7 +200,10 @@ def _why_other(row: _Row) -> str:
     return "labels and input_ids come of different texts, or were cut or padded differently"
 
 
-def _wrong_end(row: _Row, ends: Collection[int], trailing: int) -> Iterator[Problem]:
+def _wrong_end(
+    row: _Row, ends: Collection[int], trailing: int, *, told: bool = False
+) -> Iterator[Problem]:
+    """``told``: whether each answer's end is looked at by itself."""
     last = row.text[-1 - trailing :]
     found = [place for place in last if int(row.tokens[place]) in ends]
     if not len(last):
@@ -202,7 +211,7 @@ def _wrong_end(row: _Row, ends: Collection[int], trailing: int) -> Iterator[Prob
     if not found:
         wanted = ", ".join(map(str, sorted(ends)))
         yield Problem(row.at(last), "the text ends without an end token", wanted, _NO_END)
-    elif not bool(row.taught[found[-1]]):
+    elif not told and not bool(row.taught[found[-1]]):
         place = row.at(found[-1][None])
         yield Problem(place, "the end token is ignored", "taught", _END_IGNORED)
 
@@ -225,3 +234,54 @@ def _wrong_prompt(row: _Row, length: int) -> Iterator[Problem]:
     if len(lost):
         said = f"{len(lost)} tokens of the answer are ignored"
         yield Problem(row.at(lost), said, "taught", _ANSWER_IGNORED)
+
+
+def _wrong_chat(
+    row: _Row, opening: Sequence[int], ends: Collection[int], trailing: int
+) -> Iterator[Problem]:
+    """Every answer taught to its end, and nothing between them."""
+    spans = list(_answers(row.tokens[row.text].tolist(), opening, ends))
+    if not spans:
+        if len(row.text):
+            shown = ", ".join(map(str, opening))
+            yield Problem(row.name, f"no answer: the tokens {shown} are not in it", "one at least",
+                          "take them from the template's output: tokens merge there")  # fmt: skip
+        return
+    outside = torch.ones_like(row.text, dtype=torch.bool)
+    for number, (first, last) in enumerate(spans, start=1):
+        outside[first : last + 1 + trailing] = False
+        places = row.text[first : last + 1]
+        lost = places[~row.taught[places]]
+        if len(lost):
+            which = f"answer {number} of {len(spans)}"
+            if len(lost) == 1 < len(places) and int(row.tokens[lost[0]]) in ends:
+                yield Problem(row.at(lost), f"the end token of {which} is ignored", "taught",
+                              "the mask ends before it, and nobody learns to stop")  # fmt: skip
+                continue
+            all_of_it = "all" if len(lost) == len(places) else f"{len(lost)}"
+            said = f"{all_of_it} tokens of {which} are ignored"
+            yield Problem(row.at(lost), said, "taught", _ANSWER_IGNORED)
+    between = row.text[outside]
+    taught = between[row.taught[between]]
+    if len(taught):
+        yield Problem(row.at(taught), f"{len(taught)} tokens outside the answers are taught",
+                      "ignored", _BETWEEN)  # fmt: skip
+
+
+_BETWEEN = "the mask was not switched off after an answer, or is on from the template's opening on"
+
+
+def _answers(
+    tokens: Sequence[int], opening: Sequence[int], ends: Collection[int]
+) -> Iterator[tuple[int, int]]:
+    """The first and last place of each answer; of one that was cut, the text's last."""
+    place, length = 0, len(opening)
+    while place + length < len(tokens):
+        if list(tokens[place : place + length]) != list(opening):
+            place += 1
+            continue
+        first = place = place + length
+        while place < len(tokens) - 1 and tokens[place] not in ends:
+            place += 1
+        yield first, place
+        place += 1

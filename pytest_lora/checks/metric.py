@@ -181,7 +181,12 @@ def _cause(value: float, model: Any, batch: Batch, declared: str, bound: float) 
     found = next((name for name, number in known.items() if abs(number - value) <= bound), "")
     if not found:
         with _declared(model, declared):
-            found = _divisor(value, _losses(model, batch), _mask(batch), bound)
+            losses, mask = _losses(model, batch), _mask(batch)
+        found = (
+            _in_other_units(value, losses, mask, bound)
+            or _mean_of_means(value, losses, mask, bound)
+            or _divisor(value, losses, mask, bound)
+        )
     return f": {found}" if found else ""
 
 
@@ -210,6 +215,47 @@ def _without_first(model: Any, batch: Batch) -> float:
     mask = batch["attention_mask"].clone()
     mask[torch.arange(len(mask)), mask.argmax(1)] = 0
     return _mean(_losses(model, {**batch, "attention_mask": mask}, counted=False), _mask(batch))
+
+
+def _in_other_units(value: float, losses: torch.Tensor, mask: torch.Tensor, bound: float) -> str:
+    mean = _mean(losses, mask)
+    rows = [_mean(row, kept) for row, kept in zip(losses, mask, strict=True)]
+    perplexities = sum(map(math.exp, rows)) / len(rows)
+    # The bound is one of nats; an exponential takes it times itself.
+    known = {
+        "it is the perplexity, not its logarithm": (math.exp(mean), math.exp(mean)),
+        "it is the mean of the texts' perplexities": (perplexities, math.exp(max(rows))),
+        "it is the logarithm of the mean of the texts' perplexities": (math.log(perplexities), 1),
+        "it is in bits": (mean / math.log(2), 1 / math.log(2)),
+    }
+    near = (name for name, (number, by) in known.items() if abs(number - value) <= 2 * by * bound)
+    return next(near, "")
+
+
+def _mean_of_means(value: float, losses: torch.Tensor, mask: torch.Tensor, bound: float) -> str:
+    """The groups of texts, positions or tokens whose means were averaged, where it is that."""
+    rows, places = losses.shape
+    sizes = {"texts": rows, "positions": places, "tokens": int(mask.sum())}
+    for what, most in sizes.items():
+        for size in range(2, most):
+            means = [_mean(*group) for group in _groups(losses, mask, what, size)]
+            if abs(sum(means) / len(means) - value) <= bound:
+                return (
+                    f"it is the mean of the means of {size} {what} each, of unequally many tokens"
+                )
+    return ""
+
+
+def _groups(
+    losses: torch.Tensor, mask: torch.Tensor, what: str, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Groups of that size that have tokens, in order."""
+    if what == "tokens":
+        losses, mask = losses[mask][None], mask[mask][None]
+    side = 0 if what == "texts" else 1
+    for part, kept in zip(losses.split(size, side), mask.split(size, side), strict=True):
+        if kept.any():
+            yield part, kept
 
 
 def _divisor(value: float, losses: torch.Tensor, mask: torch.Tensor, bound: float) -> str:

@@ -19,6 +19,7 @@ from pytest_lora.checks.bits import is_routed, median_rms, rms
 from pytest_lora.checks.parts import explain
 from pytest_lora.checks.reload import Errors
 from pytest_lora.errors import NotApplicable, UsageError
+from pytest_lora.loading import one_line
 from pytest_lora.probe import computing_wide, output_of
 from pytest_lora.records import Measurement
 
@@ -31,7 +32,7 @@ Serve = Callable[[Any], torch.Tensor]
 """``serve(name)``: what is served for the probe inputs with the adapter of that name; None, which
 only :func:`measure_serving_parity` with ``base=True`` asks for, is the base model."""
 
-Mixed = Callable[[list[Any]], torch.Tensor]
+Mixed = Callable[[list[Any]], torch.Tensor | Sequence[torch.Tensor]]
 """``mixed(names)``: what is served for the probe inputs in one batch, each row with the adapter of
 its name; None, as above, is the base model."""
 
@@ -183,7 +184,17 @@ def _mixed_answers(mixed: Mixed, asked: Mapping[str | None, _Reference]) -> Iter
     rows = len(next(iter(asked.values())).output)
     for turn in range(len(names)):
         order = [names[(row + turn) % len(names)] for row in range(rows)]
-        yield _worst_row(mixed(list(order)).detach(), order, asked)
+        found = mixed(list(order))
+        if not isinstance(found, torch.Tensor):  # a server gives its answers one by one
+            found = _as_batch(found)
+        yield _worst_row(found.detach(), order, asked)
+
+
+def _as_batch(answers: Sequence[torch.Tensor]) -> torch.Tensor:
+    try:
+        return torch.stack(list(answers))
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"mixed gave what is no batch of rows: {one_line(error)}") from None
 
 
 def _worst_row(

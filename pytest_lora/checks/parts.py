@@ -349,7 +349,10 @@ def _words(shares: Mapping[str, float]) -> str:
     absent = [name for name, share in shares.items() if share == 0]
     said = [f"without {_few(absent)}"] if absent else []
     said += [f"with {name} at {share:.3g} times its scaling"
-             for name, share in shares.items() if share not in (0, 1)]  # fmt: skip
+             for name, share in shares.items() if share != 0 and f"{share:.3g}" != "1"]  # fmt: skip
+    if not said:  # all within rounding of what is right
+        name, share = max(shares.items(), key=lambda item: abs(item[1] - 1))
+        said = [f"with {name} at {share:.6g} times its scaling"]
     return "the adapter " + ", ".join(said)
 
 

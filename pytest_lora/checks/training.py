@@ -35,8 +35,9 @@ _TWO_ROUNDINGS = 4 * math.ulp(1.0)
 """Relative distance of two learning rates that are products of the same declared numbers."""
 
 _FREEZES = (
-    "set_adapter of another one, or a second adapter's inference configuration, froze it; set it"
-    " trainable before the optimizer is built"
+    "it was loaded without is_trainable=True, or frozen by preparing the wrapped model, by"
+    " set_adapter of another one or by a second adapter's inference configuration; set it trainable"
+    " before the optimizer is built"
 )
 
 

@@ -210,7 +210,13 @@ def test_a_deeper_base_has_modules_without_tensors(tmp_path: Path, adapter: Adap
     base = other_base(tmp_path / "b", num_hidden_layers=3)
     [problem] = measure_base_compatibility(adapter, base).problems
     assert "4 tensors not in the file" in problem.found
-    assert "model.layers.*.self_attn.q_proj.lora_A.weight (1)" in problem.found
+    assert "model.layers.2.self_attn.q_proj.lora_A.weight (1)" in problem.found
+
+
+def test_the_layers_that_are_lacking_are_told(tmp_path: Path, adapter: Adapter) -> None:
+    base = other_base(tmp_path / "b", num_hidden_layers=5)
+    [problem] = measure_base_compatibility(adapter, base).problems
+    assert "model.layers.*.self_attn.q_proj.lora_A.weight (3: 2 to 4)" in problem.found
 
 
 @pytest.mark.parametrize(
@@ -390,6 +396,7 @@ def test_a_layer_lost_while_saving(folder: Path, adapter: Adapter) -> None:
     )
     [problem] = measure_base_compatibility(adapter, folder).problems
     assert "4 tensors not in the file" in problem.found
+    assert "model.layers.1.self_attn.q_proj.lora_A.weight (1)" in problem.found
 
 
 class Experts(nn.Module):

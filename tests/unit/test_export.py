@@ -215,6 +215,79 @@ def test_the_delta_of_another_weight(subject: Subject, parts: tuple[Weights, Wei
     assert told in _said(wrong, subject)
 
 
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda b, a: b[:, :2] @ a[:2], "2 of the factors' 4 ranks: without 2, 3"),
+        (lambda b, a: b * torch.tensor([1, 1, 5, 1]) @ a, "rank 2 at 5 times"),
+        (lambda b, a: b @ a.roll(1, 0), "the factors' ranks in another order in A than in B"),
+        (lambda b, a: b @ a.cumsum(0), "a change of rank 4 or less as the adapter's is"),
+    ],
+)
+def test_factors_used_otherwise(
+    subject: Subject,
+    parts: tuple[Weights, Weights],
+    use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    says: str,
+) -> None:
+    weights = load_file(subject.adapter.path / "adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    good = _exported(parts, lambda name, delta: delta)
+    wrong = {f"{name}.weight": parts[0][f"{name}.weight"] + 3.0 * use(b, a)}
+    assert f"{name}.weight: {says}" in _said(good | wrong, subject).replace(
+        "the delta with its ranks at scalings of their own: ", ""
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_causes_are_told_in_coarse_formats_and_not_of_noise(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = llama(num_key_value_heads=2).to(dtype)
+    subject = _subject(tmp_path, "q_proj", "v_proj", base=base)
+    good = _weights(_merged(subject))
+    assert lora.assert_export_parity(good, subject).value <= 1
+    file = load_file(subject.adapter.path / "adapter_model.safetensors")
+    module = "model.layers.0.self_attn.q_proj"
+    a, b = (file[f"base_model.model.{module}.lora_{side}.weight"].float() for side in "AB")
+    name, weight = f"{module}.weight", subject.base.module.state_dict()[f"{module}.weight"]
+
+    def said(delta: torch.Tensor) -> str:
+        return _said(good | {name: (weight.float() + 3.0 * delta).to(dtype)}, subject)
+
+    assert f"{name}: 2 of the factors' 4 ranks: without 2, 3" in said(b[:, :2] @ a[:2])
+    assert f"{name}: the factors' ranks in another order" in said(b @ a.roll(1, 0))
+    assert f"{name}: 0.5 times the delta" in said(b @ a / 2)
+    size = torch.finfo(dtype).eps * weight.float().abs().max()
+    for noise in (2, 4, 8):  # rounding more than once, or in a coarser format: nobody knows
+        torch.manual_seed(noise)
+        off = noise * size * torch.randn(weight.shape)
+        assert f"{name}: off by" in said(b @ a + off), noise
+
+
+def test_rows_of_the_deltas_beside_it(tmp_path: Path) -> None:
+    """As where a fused weight of q, k and v is filled at rows of another layout."""
+    subject = _subject(tmp_path, "q_proj", "v_proj", base=llama(num_key_value_heads=2))
+    good = _weights(_merged(subject))
+    assert lora.assert_export_parity(good, subject).value <= 1
+    base = _weights(subject.base.module)
+    q, k, v = (f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "qkv")
+    delta = good[q] - base[q]
+    empty = torch.zeros(8, 32)
+
+    said = _said(good | {k: base[k] + torch.cat([empty, delta[:8]])}, subject)
+    assert f"{k}: rows of other deltas: row 8 holds row 0 of q_proj's, 8 of 16 rows" in said
+    own = good[v] - base[v]
+    said = _said(good | {v: base[v] + torch.cat([delta[24:], own[8:]])}, subject)
+    assert f"{v}: rows of other deltas: row 0 holds row 24 of q_proj's, 8 of 16 rows" in said
+    # Rows that are no one's are not said to be any one's.
+    said = _said(good | {k: base[k] + torch.cat([empty, 2 * delta[:8]])}, subject)
+    assert f"{k}: 256 of 512 values are off" in said
+    said = _said(good | {v: base[v] + torch.cat([empty, own[8:]])}, subject)
+    assert f"{v}: only rows 8 to 15 of 16 are right" in said
+
+
 def test_rows_of_the_whole_weight(subject: Subject, parts: tuple[Weights, Weights]) -> None:
     good = _exported(parts, lambda name, delta: delta)
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +108,20 @@ def test_the_base_model_and_mixed_batches_are_asked_for(served: Any) -> None:
     ]
     lora.assert_serving_parity(outputs.__getitem__, subjects, mixed=mixed)
     assert None not in batches[3] + batches[4]
+
+
+def test_a_mixed_batch_may_come_row_by_row(served: Any) -> None:
+    subjects, outputs = served
+    serve = outputs.__getitem__
+    lora.assert_serving_parity(
+        serve, subjects, base=True, mixed=lambda names: list(_mix(outputs, names))
+    )
+    with pytest.raises(CheckFailed, match=r"a mixed batch of .*: row 1"):
+        lora.assert_serving_parity(
+            serve, subjects, base=True, mixed=lambda names: list(_mix(outputs, [names[0]] * 2))
+        )
+    with pytest.raises(UsageError, match="no batch of rows"):
+        lora.assert_serving_parity(serve, subjects, mixed=lambda names: ["text"] * 2)  # type: ignore
 
 
 def test_an_adapter_that_stays_on_for_the_base_model(served: Any) -> None:
@@ -239,6 +255,29 @@ def _one_too_many(model: Any, batch: Batch) -> torch.Tensor:
     return _loss(model, batch, batch["attention_mask"].bool()[:, :-1])
 
 
+def _by_blocks(size: int, side: int) -> Callable[[Any, Batch], torch.Tensor]:
+    """The mean of the means of blocks of positions, or of micro-batches of texts."""
+
+    def metric(model: Any, batch: Batch) -> torch.Tensor:
+        places = torch.arange(batch["input_ids"].shape[side] - side).split(size)
+        of = [torch.zeros_like(_kept(batch)).index_fill(side, block, True) for block in places]
+        return torch.stack(
+            [
+                _loss(model, batch, _kept(batch) & block)
+                for block in of
+                if (_kept(batch) & block).any()
+            ]
+        ).mean()
+
+    return metric
+
+
+def _perplexities(model: Any, batch: Batch) -> torch.Tensor:
+    rows = [_loss(model, {name: t[row : row + 1] for name, t in batch.items()}).exp()
+            for row in range(len(batch["input_ids"]))]  # fmt: skip
+    return torch.stack(rows).mean()
+
+
 def _in_training_mode(model: Any, batch: Batch) -> torch.Tensor:
     return _loss(model.train(), batch)
 
@@ -269,13 +308,25 @@ def test_a_sound_metric_passes_and_the_model_is_as_before(model: Any) -> None:
         (_first_masked, "the first token of each text is masked"),
         (_by_all_tokens, "the sum is divided by 12, not by the 11 tokens that are predicted"),
         (_one_too_many, "what follows a text, its padding, is predicted from it"),
+        (_by_blocks(4, 1), "the mean of the means of 4 positions each"),
+        (_by_blocks(2, 0), "the mean of the means of 2 texts each"),
+        (lambda model, batch: _loss(model, batch).exp(), "it is the perplexity, not its"),
+        (_perplexities, "it is the (mean of the texts' perplexities|perplexity)"),
+        (
+            lambda model, batch: _perplexities(model, batch).log(),
+            "the logarithm of the mean of the texts' perplexities",
+        ),
+        (lambda model, batch: _loss(model, batch) / math.log(2), "it is in bits"),
+        (lambda model, batch: 1.01 * _loss(model, batch), r"nats per token allowed"),
         (_in_training_mode, "when asked again: dropout or sampling is on"),
         (lambda model, batch: float("nan"), "nan nats"),
     ],
 )
 def test_a_wrong_metric_is_named(model: Any, metric: Any, says: str) -> None:
-    with pytest.raises(CheckFailed, match=says):
-        lora.assert_metric_sound(metric, model, IDS)
+    ids = torch.cat([IDS, IDS[:1] + 30])  # three texts: two at a time leave one
+    with pytest.raises(CheckFailed) as failure:
+        lora.assert_metric_sound(metric, model, ids)
+    assert re.search(says, " ".join(str(failure.value).split()))
 
 
 def test_a_baseline_taken_with_the_adapter_on(model: Any) -> None:

@@ -121,6 +121,19 @@ def test_a_scaling_or_a_part_left_out(two_kinds: Subject, change: Change, says: 
     assert torch.equal(two_kinds.output(), output)
 
 
+def test_only_what_is_at_another_scaling_is_listed(tmp_path: Path) -> None:
+    subject = _subject(tmp_path, "q_proj", "v_proj", "o_proj")
+
+    def change(name: str, delta: torch.Tensor) -> torch.Tensor:
+        return delta if "o_proj" in name else delta / 4
+
+    said = _said(_serve(_server(subject, change)), subject)
+    assert (
+        "the adapter with self_attn.q_proj at 0.25 times its scaling, with self_attn.v_proj" in said
+    )
+    assert "o_proj" not in said
+
+
 def test_a_search_that_takes_too_long(two_kinds: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "MOST_SECONDS", -1.0)
     said = _said(_serve(_server(two_kinds, _v_at(0.5))), two_kinds)

@@ -212,6 +212,8 @@ def test_patterns_stand_in_for_a_configuration() -> None:
 
     with pytest.raises(UsageError, match="no PeftModel"):
         assert_trains_only_adapter(step, model)
+    with pytest.raises(UsageError, match="expected a model whose parameters are named, not dict"):
+        assert_trains_only_adapter(step, {})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"'2\.\*' matches no parameter"):
         assert_trains_only_adapter(step, model, trainable=["2.*"])
     assert "trainable" in str(

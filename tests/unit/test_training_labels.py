@@ -148,11 +148,70 @@ def test_a_trainer_is_asked_for_its_first_batch(tmp_path: Path) -> None:
         ({"input_ids": IDS[0], "labels": IDS[0]}, {}, "rows, places"),
         ({"input_ids": IDS, "labels": IDS, "attention_mask": IDS[:, 1:]}, {}, "attention_mask"),
         (texts(), {"prompts": [1]}, "1 numbers for 4 texts"),
+        (texts(), {"answers": [7]}, "with end, and without prompts"),
+        (texts(), {"answers": [], "end": 2}, "the tokens that open one"),
     ],
 )
 def test_what_is_no_batch(given: Any, options: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         lora.assert_labels_sound(given, **options)
+
+
+# ------------------------------------------------------------------------------ chats
+
+OPENING = [5, 7]  # <turn> assistant
+CHAT = [BEGIN, 5, 6, 11, 12, END, LINE, 5, 7, 13, 14, END, LINE, 5, 6, 15, END, LINE, 5, 7, 16, END]
+TAUGHT = [9, 10, 11, 20, 21]
+
+
+def chat(taught: list[int], cut: int = len(CHAT)) -> Batch:
+    labels = [token if place in taught else -100 for place, token in enumerate(CHAT)]
+    return {"input_ids": torch.tensor([CHAT[:cut]]), "labels": torch.tensor([labels[:cut]])}
+
+
+def check_chat(found: Batch, **options: Any) -> Any:
+    return lora.assert_labels_sound(found, end=END, answers=OPENING, **options)
+
+
+def test_a_chat_whose_answers_are_taught_passes() -> None:
+    assert check_chat(chat(TAUGHT)).details["taught"] == 5
+    # The line break after an answer may be taught, where it is declared.
+    check_chat(chat([*TAUGHT, 12]), trailing=1)
+    check_chat(chat(TAUGHT), trailing=1)
+    # A text that ends in the opening of an answer has no more than the first.
+    check_chat({**chat(TAUGHT, 20), "attention_mask": torch.tensor([[1] * 12 + [0] * 8])})
+
+
+@pytest.mark.parametrize(
+    ("taught", "says"),
+    [
+        (range(9, 22), "from place 12 .*8 tokens outside the answers are taught"),
+        ([20, 21], r"all tokens of answer 1 of 2 are ignored"),
+        ([10, 11, 20, 21], r"from place 9 \(tokens 13\): 1 tokens of answer 1 of 2 are ignored"),
+        (
+            [9, 10, 20, 21],
+            r"(?s)1 problem .*from place 11 \(tokens 2\): the end token of answer 1 of 2 is",
+        ),
+        ([7, 8, *TAUGHT], "from place 7 .*2 tokens outside the answers are taught"),
+        ([*TAUGHT, 12], "from place 12 .*1 tokens outside the answers are taught"),
+    ],
+    ids=["on till the end", "last turn only", "first token", "no end", "opening", "line break"],
+)
+def test_a_chat_whose_mask_is_another(taught: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        check_chat(chat(list(taught)))
+
+
+def test_a_chat_without_the_opening() -> None:
+    with pytest.raises(CheckFailed, match="no answer: the tokens 5, 8 are not in it"):
+        lora.assert_labels_sound(chat(TAUGHT), end=END, answers=[5, 8])
+
+
+def test_an_answer_that_was_cut_is_taught_as_far_as_it_goes() -> None:
+    from pytest_lora.checks.labels import measure_labels_sound
+
+    found = measure_labels_sound(chat(TAUGHT, 21), end=END, answers=OPENING)
+    assert [problem.found for problem in found.problems] == ["the text ends without an end token"]
 
 
 # ------------------------------------------------------------------------------ packed rows
