@@ -404,6 +404,7 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "unloaded",
         "names_that_match_nothing",
         "alpha_applies",
+        "applied_once",
         "dropout_applies",
         "unknown_names",
         "any_name",
