@@ -73,18 +73,20 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Script:
-    """A program of our own to run, on the CPU.
+    """A program of our own to run.
 
     Attributes:
         code: what it does.
         gives: an expression for the tensors to give back, by name.
         paths: directories to import from, after all others.
+        device: where it computes.
         numeric: as for a :class:`Job`.
     """
 
     code: str
     gives: str
     paths: tuple[str, ...] = ()
+    device: str = "cpu"
     numeric: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import select
@@ -46,6 +47,9 @@ def main() -> None:
         (options.job / "libraries.json").write_text(json.dumps(libraries), encoding="utf-8")
         _perform(options.job)
     else:
+        # A fork's collections would touch, and so copy, every page of what is imported here.
+        gc.collect()
+        gc.freeze()
         _serve(read, write, options.home, libraries)
 
 

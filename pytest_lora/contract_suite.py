@@ -7,6 +7,8 @@ that no longer shows is told at the end.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 import types
 import warnings
@@ -18,12 +20,12 @@ import pytest
 from hypothesis import settings
 
 from pytest_lora.carried import arrived, hand_on
-from pytest_lora.contract import cells
+from pytest_lora.contract import IN_FRESH_PROCESSES, cells
 from pytest_lora.contract.cells import Cell, Result, Verdict, contract_cells
-from pytest_lora.contract.laws import HASH_SEEDS, IN_FRESH_PROCESSES
+from pytest_lora.contract.laws import HASH_SEEDS
 from pytest_lora.contract.table import summary, table_lines
 from pytest_lora.contract.trial import ContractBroken
-from pytest_lora.errors import UsageError
+from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.fresh import get_ready
 
 __all__ = ["ContractPlugin"]
@@ -54,8 +56,11 @@ class ContractItem(pytest.Function):
 
     def runtest(self) -> None:
         """Run the property test and turn what came of it into pytest's outcome."""
+        if self.cell.law in IN_FRESH_PROCESSES:
+            get_ready(range(HASH_SEEDS))  # all at once, where the session has not begun with it
         try:
-            super().runtest()
+            with _no_collection():
+                super().runtest()
         except Exception as failure:
             hand_on(self, "call", self.cell.verdict(failure).to_dict(), kind="contract")
             raise
@@ -77,23 +82,37 @@ class ContractItem(pytest.Function):
         return Path(cells.__file__), 0, self.name
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage is left for when the cell is through: all of it is young then, and soon found."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class ContractPlugin:
     """Collects the cells and, from the reports, the table.
 
     Args:
         value: of the option; empty for the installed PEFT, else ``package.module:Class``.
         depth: ``quick`` or ``full``; a Hypothesis profile named on the command line comes first.
+        device: where the networks are; ``auto`` is the CPU, whose rounding is the best known.
     """
 
-    def __init__(self, config: pytest.Config, value: str, depth: str) -> None:
+    def __init__(self, config: pytest.Config, value: str, depth: str, device: str) -> None:
         self.config, self.depth = config, depth
         self.verdicts: list[Verdict] = []
         sys.path.insert(0, str(config.invocation_params.dir))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what PEFT's dependencies deprecate on import
-                self.cells = contract_cells(value or None)
-        except UsageError as error:
+                place = "cpu" if device == "auto" else device
+                self.cells = contract_cells(value or None, device=place)
+        except (UsageError, CannotRun) as error:
             raise pytest.UsageError(str(error)) from None
         finally:
             sys.path.pop(0)
@@ -112,20 +131,35 @@ class ContractPlugin:
     ) -> None:
         """Add the cells to the session's items."""
         module = ContractModule.from_parent(session, path=Path(cells.__file__), nodeid="contract")
-        # Last what needs fresh processes: these start while the others run.
-        for cell in sorted(self.cells, key=lambda cell: cell.law in IN_FRESH_PROCESSES):
+        # Last what needs fresh processes: these start while the others run.  First where one worker
+        # runs them all (distribution.py): these start while the other workers go on.
+        first = hasattr(self.config, "workerinput")
+        made: list[pytest.Item | pytest.Collector] = []
+        for cell in sorted(self.cells, key=lambda cell: (cell.law in IN_FRESH_PROCESSES) != first):
             function = cell.function(self._settings(cell))
             name = f"{cell.law}[{cell.method}]"
             item: ContractItem = ContractItem.from_parent(module, name=name, callobj=function)
             item.cell = cell
             items.append(item)
+            made.append(item)
+        # As of every collector: what counts the session's tests counts these.
+        report = pytest.CollectReport(module.nodeid, "passed", None, made)
+        session.ihook.pytest_collectreport(report=report)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Fresh processes take seconds to import what they need: they may begin now."""
         here = not hasattr(self.config, "workerinput") and not self.config.option.collectonly
         laws = {item.cell.law for item in session.items if isinstance(item, ContractItem)}
+        if laws:
+            # A fifth of the time would go into looking for garbage among what was imported.
+            gc.collect()
+            gc.freeze()
         if here and laws & IN_FRESH_PROCESSES:
             get_ready(range(HASH_SEEDS))
+
+    def pytest_sessionfinish(self) -> None:
+        """Garbage is collected as it was."""
+        gc.unfreeze()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Gather verdicts; on the controller, where workers run the tests."""

@@ -1,5 +1,8 @@
 """Which worker runs what: all checks of an adapter on one, the adapters of one base on few.
 
+What the contract tries in fresh processes runs on one worker, too: each that did it would start
+them, which takes seconds and memory.
+
 The groups are made where the tests are handed out, from their node ids.  Marks would be made in the
 workers and travel as suffixes of node ids, which xdist 3.8 writes to an attribute that pytest 9.2
 no longer reads: the run would go on without groups, and every worker would load every base model.
@@ -15,6 +18,7 @@ from xdist.scheduler import LoadGroupScheduling
 
 from pytest_lora.catalog import Need, find_check
 from pytest_lora.collection import SuitePlan
+from pytest_lora.contract import IN_FRESH_PROCESSES
 from pytest_lora.devices import share_of, visible_devices
 
 if TYPE_CHECKING:
@@ -31,6 +35,10 @@ class Place(NamedTuple):
 
     base: str
     adapter: str
+
+
+_CELL = "contract::"  # what contract_suite's node ids begin with
+_IN_FRESH_PROCESSES = Place("fresh processes", "contract")
 
 
 class ByBase(LoadGroupScheduling):  # type: ignore[misc]  # xdist ships no types
@@ -116,7 +124,11 @@ def _choose_base(
 
 
 def place_of(run: Run, nodeid: str) -> Place | None:
-    """Adapter and base model of a test that needs one; None for all other tests."""
+    """Adapter and base model of a test that needs one, or the place of what needs fresh processes;
+    None for all other tests.
+    """
+    if nodeid.startswith(_CELL) and nodeid.removeprefix(_CELL).split("[")[0] in IN_FRESH_PROCESSES:
+        return _IN_FRESH_PROCESSES
     for adapter, check, _ in SuitePlan.of([nodeid]).planned:
         needs_base = find_check(check).need > Need.FILES
         return Place(run.base_name(adapter), adapter) if needs_base else None

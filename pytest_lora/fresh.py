@@ -118,8 +118,8 @@ def run_fresh(
     job = dataclasses.replace(job, numeric=numeric_state())
     with scratch("job") as directory:
         _write_job(directory, job, inputs or {})
-        on_cpu = isinstance(job, Script) or job.spec.device.type == "cpu"
-        forks = sys.platform == "linux" and on_cpu
+        device = job.device if isinstance(job, Script) else job.spec.device.type
+        forks = sys.platform == "linux" and device == "cpu"
         run = _on_server if forks else _on_its_own
         said = run(directory, hash_seed, started + timeout, timeout)
         return _read_result(directory, said, time.monotonic() - started)

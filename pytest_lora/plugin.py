@@ -243,7 +243,9 @@ def _add_contract(config: pytest.Config) -> None:
             f"--lora-contract needs pip install 'pytest-lora[model,hypothesis]': {error}"
         ) from None
     depth = config.getoption("--lora-contract-depth")
-    config.pluginmanager.register(ContractPlugin(config, value, depth), "pytest_lora_contract")
+    device = config.stash[RUN].settings.device
+    plugin = ContractPlugin(config, value, depth, device)
+    config.pluginmanager.register(plugin, "pytest_lora_contract")
 
 
 def _make_run(config: pytest.Config) -> Run:
@@ -442,7 +444,8 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     run = config.stash[RUN]
-    if config.getvalue("dist") not in ("load", "loadgroup") or not run.settings.adapter:
+    ours = run.settings.adapter or config.getoption("--lora-contract") is not None
+    if config.getvalue("dist") not in ("load", "loadgroup") or not ours:
         return None
     from pytest_lora.distribution import ByBase, place_of
 
@@ -466,7 +469,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     run = config.stash[RUN]
-    if run.settings.adapter:
+    on_gpus = config.getoption("--lora-contract") is not None and run.settings.device == "cuda"
+    if run.settings.adapter or on_gpus:
         from pytest_lora.distribution import equip
 
         equip(run, specs, os.environ)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -25,7 +26,8 @@ from pytest_lora.contract.methods import discover
 from pytest_lora.contract.networks import NETWORKS, ONLY_LORA
 from pytest_lora.contract.trial import ContractBroken
 from pytest_lora.errors import CannotRun, NotApplicable, UsageError
-from pytest_lora.loading import one_line, quiet
+from pytest_lora.loading import one_line, parse_device, quiet
+from pytest_lora.numerics.precision import accurate_products
 from pytest_lora.strategies import alphas, seeds
 
 __all__ = ["Cell", "Result", "Verdict", "assert_contract", "contract_cells", "law_ids", "try_cell"]
@@ -113,6 +115,9 @@ class Cell:
 
     def function(self, chosen: settings) -> Callable[[], None]:
         """The property test, a function without arguments that pytest and others can call."""
+        reason = LAWS[self.law].excludes(self.dialect) if self.law in LAWS else ""
+        if reason:  # there is nothing to draw
+            return lambda: self.reasons.append(reason)
         options = settings(
             parent=chosen,
             deadline=None,
@@ -139,7 +144,7 @@ class Cell:
 
     def _once(self, attempt: Callable[[], None]) -> None:
         try:
-            with quiet():
+            with quiet(), self._accurate():
                 attempt()
             self.decided += 1
         except NotApplicable as reason:
@@ -153,6 +158,10 @@ class Cell:
             if not self._excuse(broken):
                 raise
 
+    def _accurate(self) -> AbstractContextManager[None]:
+        """On an accelerator the rounding that the laws assume has to be asked for."""
+        return nullcontext() if self.dialect.device == "cpu" else accurate_products()
+
     def _run_machine(self, cases: st.SearchStrategy[Case], options: settings) -> None:
         case = Case(network=_networks(self.dialect, ())[0])
         self._once(lambda: Experiment(LAW, self.dialect, case).attach())
@@ -160,7 +169,8 @@ class Cell:
             return
         self.decided = 0  # what is attached is not yet judged
         machine = machine_for(self.dialect, cases, self._excuse, self._judged)
-        run_state_machine_as_test(machine, settings=options)
+        with self._accurate():
+            run_state_machine_as_test(machine, settings=options)
 
     def _judged(self) -> None:
         self.decided += 1
@@ -211,12 +221,19 @@ def law_ids() -> list[str]:
     return [*LAWS, LAW]
 
 
-def contract_cells(implementation: str | type | None = None) -> list[Cell]:
+def contract_cells(implementation: str | type | None = None, *, device: str = "cpu") -> list[Cell]:
     """The cells of the installed PEFT, or of a class (itself, or ``package.module:Class``).
 
+    Args:
+        implementation: None for PEFT.
+        device: where the networks and their inputs are, as torch names it.
+
     Raises:
-        UsageError: there is no such class, or it lacks ``attach`` or ``factors``.
+        UsageError: there is no such class, or it lacks ``attach`` or ``factors``; torch knows no
+            such device.
+        CannotRun: the device is not there.
     """
+    parse_device(device)
     dialects: Iterable[Dialect]
     if implementation is None:
         dialects = [Peft(method) for method in discover()]
@@ -225,6 +242,9 @@ def contract_cells(implementation: str | type | None = None) -> list[Cell]:
     else:
         place = f"{implementation.__module__}:{implementation.__qualname__}"
         dialects = [OwnClass(place, implementation)]
+    dialects = list(dialects)
+    for dialect in dialects:
+        dialect.device = device
     return [
         Cell(dialect, law) for dialect in dialects for law in law_ids() if _networks(dialect, law)
     ]
@@ -245,7 +265,11 @@ def try_cell(cell: Cell, *, examples: int = 20, shrink: bool = True) -> Verdict:
 
 
 def assert_contract(
-    implementation: str | type, *, laws: Iterable[str] | None = None, examples: int = 50
+    implementation: str | type,
+    *,
+    laws: Iterable[str] | None = None,
+    examples: int = 50,
+    device: str = "cpu",
 ) -> list[Verdict]:
     """Hold a class against the contract; returns a verdict for each law, in their order.
 
@@ -256,10 +280,12 @@ def assert_contract(
             needs.
         laws: ids of laws, one at least; all of them if None.
         examples: how many to try of each.
+        device: where the networks and their inputs are, as torch names it.
 
     Raises:
         ContractBroken: the first law that does not hold, with a minimal script.
-        UsageError: no such class or law, or no law at all.
+        UsageError: no such class, law or device, or no law at all.
+        CannotRun: the device is not there.
     """
     wanted = list(laws) if laws is not None else law_ids()
     if not wanted:
@@ -267,7 +293,7 @@ def assert_contract(
     unknown = sorted(set(wanted) - set(law_ids()))
     if unknown:
         raise UsageError(f"no law {unknown[0]!r}; the laws are {', '.join(law_ids())}")
-    cells = contract_cells(implementation)
+    cells = contract_cells(implementation, device=device)
     there = {cell.law: cell for cell in cells}
     verdicts = []
     for law in (law for law in law_ids() if law in wanted):

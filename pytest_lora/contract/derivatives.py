@@ -42,7 +42,7 @@ _INPUT = ("", "x")
 _BACKWARD = """
 model.train()
 def forward(x):
-    torch.default_generator.manual_seed({seed})
+    {seeded}
     return model(x)
 
 factors = {{
@@ -52,7 +52,7 @@ factors = {{
 leaf = x.clone().requires_grad_()
 y = forward(leaf)
 generator = torch.Generator().manual_seed({seed})
-g = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+g = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y)
 
 def backward():
     leaves = {{('', 'x'): leaf, **factors}}
@@ -64,13 +64,13 @@ def backward():
 found = backward()
 """
 _STEP_OF_X = """
-step = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+step = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
 with torch.no_grad():
     change = forward(step).double() - forward(torch.zeros_like(x)).double()
 """
 _STEP = """
 factor = factors[{key}]
-step = torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
+step = torch.randn(factor.shape, generator=generator, dtype=factor.dtype).to(factor)
 with torch.no_grad():
     kept = factor.clone()
     factor.copy_(step)
@@ -94,7 +94,8 @@ def hold_gradients(it: Experiment, reference: Reference, terms: Mapping[str, Ter
         ContractBroken: a gradient is wrong, missing, or another one the second time.
         NotApplicable: two forward passes from one seed differ, so nothing could be told.
     """
-    _run(it, _BACKWARD.format(seed=it.case.seed, live=it.dialect.live(FIRST)))
+    seed, live = it.case.seed, it.dialect.live(FIRST)
+    _run(it, _BACKWARD.format(seed=seed, seeded=it.dialect.seeded(seed), live=live))
     if not it.trial.value("torch.equal(forward(x), forward(x))"):
         raise NotApplicable("in training it draws random numbers that no seed of torch repeats")
     found: dict[tuple[str, str], torch.Tensor | None] = it.trial.names["found"]
@@ -157,7 +158,7 @@ def _reach(
     it: Experiment, reference: Reference, terms: Mapping[str, Term], key: tuple[str, str]
 ) -> float:
     """M of both sides: with the step in place of what it is a step of, and with zeros there."""
-    g, step = it.trial.names["g"], it.trial.names["step"]
+    g, step = it.trial.names["g"].cpu(), it.trial.names["step"].cpu()
     drop = it.case.dropped
     if key == _INPUT:
         inputs = (step, torch.zeros_like(step))
@@ -168,5 +169,5 @@ def _reach(
         old = terms[module]
         new = replace(old, A=factor) if part == "A" else replace(old, B=factor)
         changed = {**terms, module: new}
-        total += reference.reach(g, it.x, changed, 1 / (1 - drop))
+        total += reference.reach(g, reference.x, changed, 1 / (1 - drop))
     return total

@@ -105,6 +105,8 @@ class Dialect:
     rewrites: bool = False
     bare: str | None = None
     """What stands for the base alone where a mixed batch names adapters."""
+    device: str = "cpu"
+    """Where the networks and their inputs are."""
 
     def begin(self, trial: Trial, case: Case) -> None:
         """The bare network ``net``, its inputs ``x``, and ``run``."""
@@ -115,13 +117,23 @@ class Dialect:
             trial.run(line)
         trial.run(case.net.source.format(**sizes))
         self.build(trial, case)
-        trial.run(f"x = {case.net.inputs.format(**sizes)}")
+        trial.run(f"x = {case.net.inputs.format(**sizes)}{self._moved()}")
         trial.run(f"@torch.no_grad()\ndef run():\n    return {case.net.call}")
 
     def build(self, trial: Trial, case: Case) -> None:
         """The bare network, once more if there is one."""
         trial.run(f"torch.default_generator.manual_seed({case.seed})")
-        trial.run(f"net = model = Net().to(torch.{case.dtype}).eval()")
+        trial.run(f"net = model = Net().to(torch.{case.dtype}){self._moved()}.eval()")
+
+    def _moved(self) -> str:
+        """What takes a network or a tensor to the device."""
+        return "" if self.device == "cpu" else f".to({self.device!r})"
+
+    def seeded(self, seed: int) -> str:
+        """The line that seeds what draws on the device."""
+        # torch.manual_seed notes where it was called from for every kind of device that is absent.
+        generator = "torch.default_generator" if self.device == "cpu" else "torch"
+        return f"{generator}.manual_seed({seed})"
 
     def paths(self) -> tuple[str, ...]:
         """What a fresh process needs on its path to run the script.
@@ -176,7 +188,7 @@ def fill(seed):
     for parameter in model.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter += {size} * noise.to(parameter.dtype)
+            parameter += {size} * noise.to(parameter)
 """
 _PEFT_LINES: Mapping[str, str] = {
     "merge": "model.merge_adapter()",

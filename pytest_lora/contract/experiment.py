@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from pytest_lora.subject import Subject
 
-__all__ = ["Adapters", "Experiment", "is_refusal", "lacks_library", "says_refusal"]
+__all__ = ["NOT_PLAIN", "Adapters", "Experiment", "is_refusal", "lacks_library", "says_refusal"]
+
+NOT_PLAIN = "its layers compute something else than W x + s B A x"
 
 Adapters = Sequence[Mapping[str, Term]]
 """The adapters at work, each with its terms by module."""
@@ -190,7 +192,7 @@ class Experiment:
             NotApplicable: it cannot import the implementation.
             fresh.Refused: the code raised.
         """
-        script = Script(code, gives, paths=self.dialect.paths())
+        script = Script(code, gives, self.dialect.paths(), self.dialect.device)
         return run_fresh(script, hash_seed=hash_seed).outputs
 
     def output(self, code: str = "") -> torch.Tensor:
@@ -209,7 +211,7 @@ class Experiment:
             NotApplicable: the method's layers do not compute ``W x + s B A x``.
         """
         if not self.dialect.plain or self.reference is None:
-            raise NotApplicable("its layers compute something else than W x + s B A x")
+            raise NotApplicable(NOT_PLAIN)
         return self.reference
 
     def terms(self, name: str = FIRST, case: Case | None = None) -> dict[str, Term]:
@@ -223,7 +225,11 @@ class Experiment:
         self._require_targets(name, found, chosen)
         known = chosen.alpha / chosen.r
         return {
-            key: Term(B.clone(), A.clone(), scaling if scaling == scaling else known)
+            key: Term(
+                B.to("cpu", copy=True),
+                A.to("cpu", copy=True),
+                scaling if scaling == scaling else known,
+            )
             for key, (B, A, scaling) in found.items()
         }
 

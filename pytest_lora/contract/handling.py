@@ -244,7 +244,7 @@ def renew(it: Experiment, dialect: Peft, case: Case, name: str, *, seed: int | N
     What an adapter draws at random and does not save is another number there.
     """
     dialect.build(it.trial, replace(case, seed=it.case.seed if seed is None else seed))
-    it.trial.run(f"torch.manual_seed({case.seed + 1})")
+    it.trial.run(dialect.seeded(case.seed + 1))
     try:
         dialect.attach(it.trial, case, name)
     except Refused as refusal:

@@ -28,8 +28,8 @@ from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.checks.merge_layers import NotMergeable, describe, tuner_layers
 from pytest_lora.checks.merge_outputs import wide_distance
 from pytest_lora.contract.derivatives import hold_gradients
-from pytest_lora.contract.dialects import FIRST, Case, OwnClass, Peft
-from pytest_lora.contract.experiment import Experiment, is_refusal, says_refusal
+from pytest_lora.contract.dialects import FIRST, Case, Dialect, OwnClass, Peft
+from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
 from pytest_lora.contract.handling import (
     hold_parameters,
     hold_round_trip,
@@ -50,14 +50,12 @@ from pytest_lora.numerics.fingerprint import fingerprint
 from pytest_lora.numerics.merge_bound import judge_cycle
 from pytest_lora.subject import Subject, load_base
 
-__all__ = ["HASH_SEEDS", "IN_FRESH_PROCESSES", "LAWS", "Law"]
+__all__ = ["HASH_SEEDS", "LAWS", "Law"]
 
 SECOND = "one2"
 CYCLES = 5
 HASH_SEEDS = 3
 """Values of PYTHONHASHSEED that fresh processes are started with; each costs seconds, once."""
-IN_FRESH_PROCESSES = frozenset({"seeded_initialisation", "save_reload", "merged_reload"})
-"""Laws that need them, tried last: they start meanwhile."""
 _WEIGHTS = "for name, p in net.named_parameters(): print(name, p)"
 _TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_grad])"
 
@@ -74,6 +72,7 @@ class Law:
         half: whether half precision is drawn as well.
         otherwise: the network where it names none that will do, for a class of one's own as well;
             empty for the usual one, or none where it names some.
+        excludes: why it has no meaning for an implementation, whatever is drawn; empty if it has.
     """
 
     id: str
@@ -82,21 +81,53 @@ class Law:
     networks: tuple[str, ...] = ()
     half: bool = False
     otherwise: str = ""
+    excludes: Callable[[Dialect], str] = lambda dialect: ""
 
 
 _TABLE: dict[str, Law] = {}
 
 
-def _law(
-    *networks: str, half: bool = False, otherwise: str = ""
-) -> Callable[[Callable[[Experiment], None]], Any]:
+def _law(*networks: str, **more: Any) -> Callable[[Callable[[Experiment], None]], Any]:
     def enter(hold: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
         name = hold.__name__
         says = (hold.__doc__ or "").strip().partition("\n")[0]
-        _TABLE[name] = Law(name, says, hold, networks, half, otherwise)
+        _TABLE[name] = Law(name, says, hold, networks, **more)
         return hold
 
     return enter
+
+
+def _not_plain(dialect: Dialect) -> str:
+    return "" if dialect.plain else NOT_PLAIN
+
+
+def _not_combined(dialect: Dialect) -> str:
+    alone = isinstance(dialect, Peft) and dialect.method.is_lora
+    return "" if alone else _not_plain(dialect)
+
+
+def _not_lora(dialect: Dialect) -> str:
+    known = isinstance(dialect, Peft) and dialect.method.is_lora
+    return "" if known else "only LoRA's ranks and scalings are known"
+
+
+def _rewriting(dialect: Dialect) -> str:
+    return "by design it moves part of the base weight into the adapter" if dialect.rewrites else ""
+
+
+def _not_swapped(dialect: Dialect) -> str:
+    if not isinstance(dialect, Peft):
+        return "only PEFT swaps adapters"
+    usual = dialect.plain and "init_lora_weights" not in dialect.method.options
+    return "" if usual else "it is tried on LoRA that starts from the identity"
+
+
+def _without(option: str) -> Callable[[Dialect], str]:
+    def excludes(dialect: Dialect) -> str:
+        lacks = isinstance(dialect, Peft) and not dialect.method.accepts(option)
+        return f"its configuration has no {option}" if lacks else ""
+
+    return excludes
 
 
 # ------------------------------------------------------------------------------ what is computed
@@ -139,7 +170,7 @@ def _other_tensor(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     return next((f"{name}: {difference}" for name, difference in differing if difference), "")
 
 
-@_law("linear", "conv1d", half=True)
+@_law("linear", "conv1d", half=True, excludes=_not_plain)
 def forward(it: Experiment) -> None:
     """The output is W x + b + alpha/r B A x, in eval mode without any dropout."""
     it.require_plain()
@@ -149,7 +180,7 @@ def forward(it: Experiment) -> None:
     it.expect([terms], "the same model, run again")
 
 
-@_law("linear", "conv1d")
+@_law("linear", "conv1d", excludes=_not_plain)
 def linear_in_scaling(it: Experiment) -> None:
     """Three times the scaling is three times the change, none is none, once is as before."""
     it.require_plain()
@@ -174,7 +205,7 @@ def _scaled_and_back(it: Experiment, terms: Mapping[str, Any]) -> None:
         it.expect([terms], f"after {back}")
 
 
-@_law("linear", "conv1d")
+@_law("linear", "conv1d", excludes=_not_plain)
 def gradients(it: Experiment) -> None:
     """In training each gradient is the derivative of the output, dropout included, every time."""
     reference = it.require_plain()
@@ -184,7 +215,7 @@ def gradients(it: Experiment) -> None:
 
 def _require_untouched_base(it: Experiment) -> None:
     if it.dialect.rewrites:
-        raise NotApplicable("by design it moves part of the base weight into the adapter")
+        raise NotApplicable(_rewriting(it.dialect))
 
 
 def _own_terms(it: Experiment) -> dict[str, Any]:
@@ -261,7 +292,7 @@ def unmerge_restoration(it: Experiment) -> None:
     it.expect([terms], f"after {CYCLES} merges and unmerges", merges=2 * CYCLES)
 
 
-@_law("linear", half=True)
+@_law("linear", half=True, excludes=_not_plain)
 def unmerge_without_growth(it: Experiment) -> None:
     """Many cycles lose no more than what a single one may."""
     it.require_plain()
@@ -522,7 +553,7 @@ _COME_AND_GO = (
 )
 
 
-@_law("linear")
+@_law("linear", excludes=_not_plain)
 def mixed_batch(it: Experiment) -> None:
     """A batch whose rows use different adapters gives each row what its adapter alone gives."""
     it.require_plain()
@@ -540,7 +571,7 @@ def mixed_batch(it: Experiment) -> None:
             continue
         expected = reference.output(rows[name])
         bound = reference.bound(rows[name])
-        gap = (found.double() - expected).abs()[row]
+        gap = (found.cpu().double() - expected).abs()[row]
         worst = int((gap / bound[row]).argmax())
         if not gap[worst] <= bound[row, worst]:
             raise it.trial.broken(
@@ -551,7 +582,7 @@ def mixed_batch(it: Experiment) -> None:
             )
 
 
-@_law("linear")
+@_law("linear", excludes=_not_combined)
 def combination(it: Experiment) -> None:
     """Products add up: combine([a], [1]) is a, [-1] is -a; cat and full-rank svd of two add."""
     if isinstance(it.dialect, Peft) and it.dialect.method.is_lora and not it.dialect.plain:
@@ -676,21 +707,20 @@ def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
             )
 
 
-@_law("linear")
+@_law("linear", excludes=_not_plain)
 def random_combinations(it: Experiment) -> None:
     """A combination that drops numbers at random is right in the mean."""
-    it.require_plain()
     it.attach()
     hold_random_combinations(it)
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped")
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", excludes=_not_swapped)
 def hot_swap(it: Experiment) -> None:
     """An adapter swapped into the place of one of another rank computes what it does loaded."""
     hold_hot_swap(it)
 
 
-@_law("linear", "saved", "fused experts")
+@_law("linear", "saved", "fused experts", excludes=_rewriting)
 def own_settings(it: Experiment) -> None:
     """Beside an adapter of other settings each computes what it computes alone, bit for bit."""
     it.attach()
@@ -862,7 +892,7 @@ def _own_padding(it: Experiment) -> None:
     """The rows of x one by one, and as positions of sequences that are padded on either side."""
     terms = [it.terms()]
     it.expect(terms, "each row alone", code="torch.cat([model(row[None]) for row in x])")
-    it.trial.run("batch = torch.randn(2, 5, x.shape[-1], dtype=x.dtype)")
+    it.trial.run("batch = torch.randn(2, 5, x.shape[-1], dtype=x.dtype).to(x)")
     for side, place in (("right", "[0, :3]"), ("left", "[0, 2:]")):
         it.trial.run(f"batch[0] = 0\nbatch{place} = x")
         it.expect(terms, f"as a sequence padded on the {side}", code=f"model(batch){place}")
@@ -879,7 +909,8 @@ def _saved(it: Experiment, folder: Path) -> Subject:
     """What was saved, loaded again."""
     _save(it, folder)
     adapter = read_adapter(folder / "adapter" / FIRST)
-    return Subject(adapter, load_base(folder / "base", adapter=adapter), {"input_ids": it.x})
+    base = load_base(folder / "base", adapter=adapter, device=it.dialect.device)
+    return Subject(adapter, base, {"input_ids": it.x})
 
 
 @_law("llama", "experts llama", otherwise="many")
@@ -1052,7 +1083,7 @@ def _attach_layers(it: Experiment, **options: str) -> dict[str, Any]:
     return adapted
 
 
-@_law("layers", "bare layers", "look-alikes")
+@_law("layers", "bare layers", "look-alikes", excludes=_without("layers_to_transform"))
 def chosen_layers(it: Experiment) -> None:
     """Exactly what is chosen is adapted: by full names; by layers, the first number in a path."""
     if it.case.network == "look-alikes":
@@ -1097,11 +1128,9 @@ def _named_modules(it: Experiment) -> None:
         )
 
 
-@_law("layers")
+@_law("layers", excludes=_not_lora)
 def patterns_apply(it: Experiment) -> None:
     """rank_pattern and alpha_pattern give modules a rank and scaling, the others keep theirs."""
-    if not isinstance(it.dialect, Peft) or not it.dialect.method.is_lora:
-        raise NotApplicable("only LoRA's ranks and scalings are known")
     r, alpha = it.case.r, it.case.alpha
     ranks, alphas = {"experts.1.up": 2 * r}, {"layers.0.experts.2.down": 3 * alpha}
     adapted = _attach_layers(it, rank_pattern=repr(ranks), alpha_pattern=repr(alphas))
@@ -1124,7 +1153,7 @@ def patterns_apply(it: Experiment) -> None:
             )
 
 
-@_law("layers")
+@_law("layers", excludes=_without("rank_pattern"))
 def patterns_that_match_nothing(it: Experiment) -> None:
     """A key of rank_pattern or alpha_pattern that matches no module is refused, or told."""
     key = ("rank_pattern", "alpha_pattern")[it.case.seed % 2]

@@ -128,10 +128,10 @@ class _Sequences(RuleBasedStateMachine):
     @rule(seed=st.integers(1, 99), more=st.integers(1, 5), part=st.sampled_from([None, 0, -1]))
     @_guarded
     def add(self, seed: int, more: int, part: int | None) -> None:
-        """One more, in PEFT of one of the modules only or of all of them."""
+        """One more, of one of the modules only or of all of them."""
         it = self._experiment
         name = next(name for name in NAMES if name not in self.adapters)
-        chosen = (it.case.net.targets[part],) if it.is_peft and part is not None else ()
+        chosen = () if part is None else (it.case.net.targets[part],)
         case = replace(it.case, seed=seed, alpha=it.case.alpha + more, chosen=chosen)
         if not self._do("add", name, case):
             return
@@ -149,7 +149,7 @@ class _Sequences(RuleBasedStateMachine):
             self.active, self.merged = (name,), False
         self._step()
 
-    @precondition(lambda self: self._experiment.is_peft and len(self.adapters) > 1)
+    @precondition(lambda self: len(self.adapters) > 1)
     @rule(data=st.data())
     @_guarded
     def activate_both(self, data: st.DataObject) -> None:

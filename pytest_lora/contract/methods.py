@@ -93,7 +93,7 @@ _LEFT_OUT = {"boft_block_num", "r_pattern"}
 # Initialisations in several steps, as PEFT's documentation has them.
 _STEPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eva": ((), ("rows = x if x.dtype == torch.long else "
-                 "torch.randn(64, x.shape[-1], dtype=x.dtype)",
+                 "torch.randn(64, x.shape[-1], dtype=x.dtype).to(x)",
                  "peft.initialize_lora_eva_weights(model, [rows], forward_fn=lambda m, x: m(x), "
                  "prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, "
                  "adapter_name='one', show_progress_bar=False)",

@@ -28,7 +28,7 @@ __all__ = ["Miss", "Reference", "Term"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One adapter's part in one layer: ``scaling * B @ A``, (d, r) and (r, k), copies."""
+    """One adapter's part in one layer: ``scaling * B @ A``, (d, r) and (r, k), on the CPU."""
 
     B: torch.Tensor
     A: torch.Tensor
@@ -73,12 +73,13 @@ class Miss:
 class Reference:
     """The exact outputs of a network of linear layers side by side.
 
-    Keeps copies of the weights it was made from, so that nothing done to the network reaches it.
+    Keeps copies of the weights it was made from, on the CPU, so that nothing done to the network
+    reaches it.
     """
 
     def __init__(self, net: torch.nn.Module, case: Case, x: torch.Tensor) -> None:
         self.names: Sequence[str] = case.net.linear
-        self.x, self.dtype = x.clone(), x.dtype
+        self.x, self.dtype = x.to("cpu", copy=True), x.dtype
         self.transposed = {
             name for name in self.names if type(net.get_submodule(name)).__name__ == "Conv1D"
         }
@@ -89,10 +90,10 @@ class Reference:
     def rebase(self, own: Mapping[str, torch.Tensor]) -> None:
         """Take the base's weights as they are now; ``own`` are its parameters by name."""
         for name in self.names:
-            weight = own[f"{name}.weight"].detach().double().clone()
+            weight = _exact(own[f"{name}.weight"])
             self.weights[name] = weight.T if name in self.transposed else weight
             bias = own.get(f"{name}.bias")
-            self.biases[name] = None if bias is None else bias.detach().double().clone()
+            self.biases[name] = None if bias is None else _exact(bias)
 
     def output(self, adapters: Iterable[Mapping[str, Term]]) -> torch.Tensor:
         """With these adapters at work, (rows, outputs) in float64."""
@@ -164,6 +165,7 @@ class Reference:
         used: |x E^T| <= |x| |E|.
         """
         active = list(adapters)
+        found = found.cpu()
         expected, bound = self.output(active), self.bound(active, merges)
         if slack is not None:
             widths = [(name, len(self.weights[name])) for name in self.names]
@@ -176,3 +178,8 @@ class Reference:
         if ratio[index] <= 1:
             return None
         return Miss(index, float(found[index]), float(expected[index]), float(bound[index]))
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float64 on the CPU."""
+    return tensor.detach().to("cpu", torch.float64, copy=True)

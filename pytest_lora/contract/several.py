@@ -34,8 +34,6 @@ def hold_own_settings(it: Experiment) -> None:
     other, setting = _other_settings(it, dialect)
     if it.case.net.saved:
         it.case = replace(it.case, options={**it.case.options, "modules_to_save": "None"})
-    if dialect.rewrites:
-        raise NotApplicable("by design it moves part of the base weight into the adapter")
     _attached_alone(it, dialect, other)
     renew(it, dialect, it.case, FIRST)
     _beside(it, dialect, other)
@@ -65,7 +63,7 @@ def _attached_alone(it: Experiment, dialect: Peft, other: Case) -> None:
     dialect.fill(it.trial, SECOND, other.seed + 7)
     it.trial.run(f"state = {state_of(SECOND)}")
     _read(it)  # what is saved may be less than what there was
-    it.trial.run("torch.manual_seed(0)\nalone = run()")
+    it.trial.run(f"{it.dialect.seeded(0)}\nalone = run()")
 
 
 def _read(it: Experiment) -> None:
@@ -75,9 +73,9 @@ def _read(it: Experiment) -> None:
 def _beside(it: Experiment, dialect: Peft, other: Case) -> None:
     """The second adapter beside the first, which it leaves alone, and at work."""
     trains = "[n for n, p in model.named_parameters() if p.requires_grad]"
-    it.trial.run(f"trains = {trains}\ntorch.manual_seed(0)\nfirst = run()")
+    it.trial.run(f"trains = {trains}\n{it.dialect.seeded(0)}\nfirst = run()")
     it.say("add", SECOND, other)
-    it.trial.run("torch.manual_seed(0)")
+    it.trial.run(it.dialect.seeded(0))
     it.expect_bits(it.trial.names["first"], "first", "after another adapter was added")
     now = it.trial.value(trains)
     if now != it.trial.names["trains"]:
@@ -90,7 +88,7 @@ def _beside(it: Experiment, dialect: Peft, other: Case) -> None:
         )
     _read(it)
     it.say("activate", SECOND)
-    it.trial.run("torch.manual_seed(0)")
+    it.trial.run(it.dialect.seeded(0))
 
 
 # ------------------------------------------------------------------------------ in its place
@@ -115,8 +113,6 @@ def hold_hot_swap(it: Experiment) -> None:
     no sum is rounded in whatever order it is taken: zeros that fill up a rank do not show.
     """
     dialect = require_peft(it, "only PEFT swaps adapters")
-    if not dialect.plain or "init_lora_weights" in dialect.method.options:
-        raise NotApplicable("it is tried on LoRA that starts from the identity")
     cases = _exact_cases(it)
     it.trial.run(_EXACT)
     it.trial.run("import tempfile\nfolders = {}\noutputs = {}")
@@ -167,7 +163,7 @@ def _prepare(it: Experiment) -> None:
 
 def _swap(it: Experiment, name: str) -> None:
     folder = f"folders[{name!r}].name + '/{FIRST}'"
-    _must(it, f"hotswap_adapter(model, {folder}, {FIRST!r}, torch_device='cpu')")
+    _must(it, f"hotswap_adapter(model, {folder}, {FIRST!r}, torch_device={it.dialect.device!r})")
 
 
 def _must(it: Experiment, code: str) -> None:
@@ -197,7 +193,7 @@ def hold_random_combinations(it: Experiment) -> None:
     plain = _sums(it, "plain")
     if not all(plain):
         raise NotApplicable("it combines something else than the factors of LoRA")
-    it.trial.run(f"torch.manual_seed({it.case.seed})")
+    it.trial.run(it.dialect.seeded(it.case.seed))
     found = []
     for _ in range(DRAWS):
         _combine(it, "drawn", "dare_linear", ", density=0.5")

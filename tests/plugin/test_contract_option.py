@@ -56,6 +56,8 @@ def test_a_class_is_held_against_every_law_beside_the_projects_own_tests(
             "* 0 fail (F)*",
         ]
     )
+    count = sum(line.startswith("contract::") for line in result.outlines)
+    result.stdout.fnmatch_lines([f"*collected {1 + count} items"])
 
 
 def test_a_broken_law_prints_a_script_that_runs_without_us(
@@ -145,6 +147,19 @@ def test_a_class_that_cannot_be_had_is_one_line(
     assert "Traceback" not in result.stderr.str()
 
 
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("nonsense", "device 'nonsense' is not one torch knows"), ("cuda:99", "but torch sees")],
+)
+def test_a_device_that_cannot_be_had_is_one_line(
+    project: pytest.Pytester, device: str, says: str
+) -> None:
+    result = run(project, "--lora-contract", f"--lora-device={device}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert says in result.stderr.str()
+    assert "Traceback" not in result.stderr.str()
+
+
 def test_a_run_without_the_option_imports_nothing_of_it(tmp_path: Path) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
     code = (
@@ -158,3 +173,19 @@ def test_a_run_without_the_option_imports_nothing_of_it(tmp_path: Path) -> None:
     )
     loaded = json.loads(done.stdout.split("MODULES")[1])
     assert set(loaded) <= {"pytest_lora.strict_json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each job is a process of its own")
+def test_one_worker_tries_all_that_needs_fresh_processes_and_begins_with_it(
+    project: pytest.Pytester,
+) -> None:
+    pytest.importorskip("xdist")
+    chosen = "(LOHA or LOKR) and (seeded_initialisation or dtypes_kept or save_reload)"
+    result = run(project, "--lora-contract", "-n", "2", "-v", "-k", chosen)
+    assert result.ret == 0
+    ran = re.findall(r"\[(gw\d)\].* PASSED contract::(\w+)\[\w+\]", result.stdout.str())
+    assert sorted(law for _, law in ran) == [
+        law for law in ("dtypes_kept", "save_reload", "seeded_initialisation") for _ in range(2)
+    ]
+    [fresh] = {worker for worker, law in ran if law != "dtypes_kept"}
+    assert {worker for worker, law in ran if law == "dtypes_kept"} != {fresh}

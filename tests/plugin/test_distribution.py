@@ -14,7 +14,7 @@ from adapter_maker import write_adapter
 pytest.importorskip("xdist")
 execnet = pytest.importorskip("execnet")
 
-from pytest_lora import devices, distribution  # noqa: E402
+from pytest_lora import devices, distribution, plugin  # noqa: E402
 from pytest_lora.distribution import ByBase, Place, _choose_base, equip  # noqa: E402
 from pytest_lora.run import Run  # noqa: E402
 from pytest_lora.settings import Layer  # noqa: E402
@@ -239,6 +239,32 @@ def test_runs_of_others_are_left_alone(project: pytest.Pytester, monkeypatch: py
     result = project.runpytest_inprocess("-p", "no:randomly", "-n", "1")
     result.assert_outcomes(passed=1)
     assert said(project) == [{"device": "outer", "threads": None, "torch": False}]
+
+
+def test_what_the_contract_tries_in_fresh_processes_is_one_place(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    laws = ("seeded_initialisation", "forward", "save_reload", "saved_alone")
+    fresh, forward, again, alone = (
+        distribution.place_of(run, f"contract::{law}[LORA]") for law in laws
+    )
+    assert fresh == again is not None
+    assert forward is alone is None
+    assert distribution.place_of(run, "tests/contract::save_reload[LORA]") is None
+
+
+@pytest.mark.parametrize(
+    ("contract", "device", "shared"),
+    [(None, "cuda", False), ("", "auto", False), ("", "cpu", False), ("", "cuda", True)],
+)
+def test_workers_that_hold_the_contract_on_gpus_get_one_each(
+    monkeypatch: pytest.MonkeyPatch, contract: str | None, device: str, shared: bool
+) -> None:
+    equipped: list[object] = []
+    monkeypatch.setattr(distribution, "equip", lambda run, specs, environ: equipped.append(specs))
+    run = SimpleNamespace(settings=SimpleNamespace(adapter=(), device=device))
+    config = SimpleNamespace(stash={plugin.RUN: run}, getoption=lambda name: contract)
+    plugin.pytest_xdist_setupnodes(config, ["popen"])
+    assert equipped == ([["popen"]] if shared else [])
 
 
 def test_without_a_gpu_auto_is_what_xdist_takes(

@@ -22,6 +22,7 @@ from hypothesis import Phase, settings
 from stack import since
 
 from pytest_lora import fresh
+from pytest_lora.contract import IN_FRESH_PROCESSES
 from pytest_lora.contract.cells import (
     Cell,
     Result,
@@ -34,7 +35,7 @@ from pytest_lora.contract.cells import (
 from pytest_lora.contract.dialects import FIRST, Case, OwnClass, Peft, load_implementation
 from pytest_lora.contract.experiment import Experiment, is_refusal, lacks_library, says_refusal
 from pytest_lora.contract.known import Known, known_deviations
-from pytest_lora.contract.laws import IN_FRESH_PROCESSES, LAWS
+from pytest_lora.contract.laws import LAWS
 from pytest_lora.contract.methods import Method, discover
 from pytest_lora.contract.reference import Reference, Term
 from pytest_lora.contract.table import markdown, summary, table_lines
@@ -258,7 +259,8 @@ class Several(MyLora):
         return model
 
     def factors(self, model, name="one"):
-        return {key: (m.held[name].A, m.held[name].B) for key, m in switched(model).items()}
+        having = {key: m.held[name] for key, m in switched(model).items() if name in m.held}
+        return {key: (layer.A, layer.B) for key, layer in having.items()}
 
     def merge(self, model):
         [layer.merge() for m in switched(model).values() if m.on for layer in m.together()]
@@ -276,8 +278,9 @@ class Several(MyLora):
             m.on = True
 
     def add(self, model, name, targets, r, alpha):
-        for m in switched(model).values():
-            m.held[name] = LoraLinear(m.base, r, alpha, 0.0)
+        for key, m in switched(model).items():
+            if key in targets:
+                m.held[name] = LoraLinear(m.base, r, alpha, 0.0)
 
     def activate(self, model, name):
         self.unmerge(model)  # before another
@@ -291,12 +294,13 @@ class Several(MyLora):
 
     def delete(self, model, name):
         for m in switched(model).values():
-            del m.held[name]
+            if name in m.held:
+                del m.held[name]
 
     def scale(self, model, factor):
         for m in switched(model).values():
-            layer = m.now()
-            layer.scaling = factor * layer.first
+            for layer in m.together():
+                layer.scaling = factor * layer.first
 
     def combine(self, model, names, weights, name):
         for m in switched(model).values():
@@ -342,17 +346,17 @@ class Switched(nn.Module):
         self.held = nn.ModuleDict({"one": LoraLinear(base, r, alpha, dropout)})
 
     def now(self):
-        return self.held[self.active]
+        return self.held[self.active] if self.active in self.held else self.base
 
     def together(self):
         names = self.active if isinstance(self.active, list) else [self.active]
-        return [self.held[name] for name in names]
+        return [self.held[name] for name in names if name in self.held]
 
     def forward(self, x):
         if self.rows:
             each = [self.held[name] if name else self.base for name in self.rows]
             return torch.stack([layer(row) for layer, row in zip(each, x)])
-        if isinstance(self.active, list):
+        if self.on and isinstance(self.active, list):
             y = self.base(x)
             for layer in self.together():
                 if not layer.merged:
@@ -427,6 +431,8 @@ FAULTS = {
     "delete takes all": ("isolation", "del m.held[name]", "m.held['one'].B.data.zero_()"),
     "off while merged": ("sequences", "self.unmerge(model)  # before it is off", "pass"),
     "another while merged": ("sequences", "self.unmerge(model)  # before another", "pass"),
+    "several though off": ("sequences", "if self.on and isinstance", "if isinstance"),
+    "adds to every module": ("sequences", "if key in targets:", "if True:"),
     "scales add up": ("linear_in_scaling", "layer.scaling = factor * layer.first",
                       "layer.scaling *= factor"),
     "nothing is left of nothing": (
