@@ -19,12 +19,17 @@ from pytest_lora.errors import NotApplicable
 
 __all__ = [
     "hold_parameters",
+    "hold_rates",
     "hold_round_trip",
     "hold_taken_names",
     "hold_told_of_nothing",
     "hold_unload",
+    "known",
+    "must",
     "refused_in_turn",
+    "renew",
     "require_peft",
+    "state_of",
 ]
 
 Before = Mapping[str, tuple[Any, Any, bool]]
@@ -141,6 +146,35 @@ def _same_parts(it: Experiment) -> None:
             )
 
 
+_RATES = """
+optimizer = create_loraplus_optimizer(
+    model, torch.optim.SGD, lr=2.0, loraplus_lr_ratio=8.0, loraplus_lr_embedding=0.5)
+names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+pairs = [(names.get(id(p)), group["lr"]) for group in optimizer.param_groups
+         for p in group["params"]]
+rates = dict(pairs)
+"""
+
+
+def hold_rates(it: Experiment) -> None:
+    """The optimizer of LoRA+ holds what trains, once, at the rates that were declared."""
+    require_peft(it, "only PEFT makes an optimizer of LoRA+")
+    known(it, "from peft.optimizers import create_loraplus_optimizer")
+    must(it, _RATES)
+    pairs: list[tuple[str, float]] = it.trial.names["pairs"]
+    embedding = it.case.network == "embedding"
+    for name in it.trial.names["names"].values():
+        usual = 16.0 if ".lora_B." in name else 2.0
+        declared = 0.5 if embedding else usual
+        found = [rate for other, rate in pairs if other == name]
+        if found != [declared]:
+            raise it.trial.broken(
+                f"{name} is in the optimizer with the rates {found}; declared is {declared}",
+                f"assert rates.get({name!r}) == {declared}, rates",
+                f"assert len(pairs) == {len(it.trial.names['names'])}, pairs",
+            )
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
@@ -189,6 +223,26 @@ def _told(it: Experiment, code: str, which: str) -> None:
     )
 
 
+def known(it: Experiment, code: str) -> None:
+    """Import what not every PEFT has.
+
+    Raises:
+        NotApplicable: this one has not.
+    """
+    try:
+        it.trial.run(code)
+    except Refused as refusal:
+        raise NotApplicable(f"this PEFT has no such thing: {refusal}") from None
+
+
+def must(it: Experiment, code: str) -> None:
+    """Run lines; that they raise breaks the law, unless they are refused by design."""
+    try:
+        it.trial.run(code)
+    except Refused as refusal:
+        raise it.outcome(refusal) from None
+
+
 def refused_in_turn(it: Experiment, names: Sequence[str], reason: NotApplicable) -> None:
     """Adapters that are refused together are not mixed one after the other either.
 
@@ -223,7 +277,7 @@ def hold_round_trip(it: Experiment) -> None:
     it.trial.run(f"state = {state_of(FIRST)}")
     renew(it, dialect, it.case, FIRST)
     it.trial.run(f"told = peft.set_peft_model_state_dict(model, state, adapter_name={FIRST!r})")
-    unexpected = it.trial.value("told.unexpected_keys")
+    unexpected = it.trial.value("getattr(told, 'unexpected_keys', [])")
     if unexpected:
         raise it.trial.broken(
             f"{unexpected[0]} and {len(unexpected) - 1} more that were saved belong nowhere",

@@ -32,6 +32,7 @@ from pytest_lora.contract.dialects import FIRST, Case, Dialect, OwnClass, Peft
 from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
 from pytest_lora.contract.handling import (
     hold_parameters,
+    hold_rates,
     hold_round_trip,
     hold_taken_names,
     hold_told_of_nothing,
@@ -40,6 +41,7 @@ from pytest_lora.contract.handling import (
 )
 from pytest_lora.contract.several import (
     hold_hot_swap,
+    hold_mixed_generation,
     hold_own_settings,
     hold_random_combinations,
 )
@@ -115,11 +117,15 @@ def _rewriting(dialect: Dialect) -> str:
     return "by design it moves part of the base weight into the adapter" if dialect.rewrites else ""
 
 
-def _not_swapped(dialect: Dialect) -> str:
+def _not_usual_lora(dialect: Dialect) -> str:
     if not isinstance(dialect, Peft):
-        return "only PEFT swaps adapters"
+        return "it is PEFT's own"
     usual = dialect.plain and "init_lora_weights" not in dialect.method.options
     return "" if usual else "it is tried on LoRA that starts from the identity"
+
+
+def _not_mixed(dialect: Dialect) -> str:
+    return _rewriting(dialect) or _not_plain(dialect)
 
 
 def _without(option: str) -> Callable[[Dialect], str]:
@@ -582,6 +588,13 @@ def mixed_batch(it: Experiment) -> None:
             )
 
 
+@_law("llama", excludes=_not_mixed)
+def mixed_generation(it: Experiment) -> None:
+    """A batch of different adapters generates for each row what its adapter generates alone."""
+    it.attach()
+    hold_mixed_generation(it)
+
+
 @_law("linear", excludes=_not_combined)
 def combination(it: Experiment) -> None:
     """Products add up: combine([a], [1]) is a, [-1] is -a; cat and full-rank svd of two add."""
@@ -714,7 +727,7 @@ def random_combinations(it: Experiment) -> None:
     hold_random_combinations(it)
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", excludes=_not_swapped)
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", excludes=_not_usual_lora)
 def hot_swap(it: Experiment) -> None:
     """An adapter swapped into the place of one of another rank computes what it does loaded."""
     hold_hot_swap(it)
@@ -794,6 +807,13 @@ def parameters_kept(it: Experiment) -> None:
     """Merging, unmerging and switching leave each parameter the object, bits and flag it was."""
     it.attach()
     hold_parameters(it)
+
+
+@_law("linear", "conv1d", "embedding", "convolution", excludes=_not_usual_lora)
+def learning_rates(it: Experiment) -> None:
+    """LoRA+ trains every B faster than its A, embeddings at a rate of their own, nothing twice."""
+    it.attach()
+    hold_rates(it)
 
 
 @_law("linear", "saved", "llama")

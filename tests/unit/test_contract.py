@@ -397,6 +397,8 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "patterns_that_match_nothing",
         "targets_that_match_nothing",
         "hot_swap",
+        "learning_rates",
+        "mixed_generation",
         "own_settings",
         "random_combinations",
         "state_round_trip",
