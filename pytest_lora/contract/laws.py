@@ -1108,8 +1108,7 @@ def chosen_layers(it: Experiment) -> None:
     if it.case.network == "look-alikes":
         _named_modules(it)
         return
-    chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
-    options = _ways_to_choose(it, chosen)
+    chosen, options = _ways_to_choose(it.case.seed)
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
     found = set(_attach_layers(it, **options))
@@ -1121,11 +1120,14 @@ def chosen_layers(it: Experiment) -> None:
         )
 
 
-def _ways_to_choose(it: Experiment, chosen: Sequence[int]) -> dict[str, str]:
-    """A list, or the number itself where it is one; the name of the list of layers may be given."""
-    one = it.case.seed % 2 == 0 and len(chosen) == 1
-    options = {"layers_to_transform": repr(chosen[0] if one else list(chosen))}
-    return {**options, "layers_pattern": "'layers'"} if it.case.seed % 3 == 0 else options
+def _ways_to_choose(seed: int) -> tuple[list[int], dict[str, str]]:
+    """Layers, and how they are said: listed, or one number, with the name of their list or not."""
+    if seed % 3 == 1:
+        one = seed // 3 % 3
+        return [one], {"layers_to_transform": repr(one), "layers_pattern": "'layers'"}
+    chosen = [layer for layer in range(3) if (seed + 1) >> layer & 1] or [1]
+    named = {"layers_pattern": "'layers'"} if seed % 3 else {}
+    return chosen, {"layers_to_transform": repr(chosen), **named}
 
 
 _MANY = 24
