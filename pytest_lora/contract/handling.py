@@ -19,6 +19,7 @@ from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
 
 __all__ = [
+    "hold_deleted",
     "hold_parameters",
     "hold_rates",
     "hold_round_trip",
@@ -174,6 +175,37 @@ def hold_rates(it: Experiment) -> None:
                 f"assert rates.get({name!r}) == {declared}, rates",
                 f"assert len(pairs) == {len(it.trial.names['names'])}, pairs",
             )
+
+
+_LEFT = """
+def left(name):
+    kinds = ("_modules", "_parameters", "_buffers")
+    return sorted({{
+        f"{{where}}.{{key}}".lstrip(".")
+        for where, module in model.named_modules()
+        for key, value in {{**vars(module), **module._modules}}.items()
+        if key not in kinds and hasattr(value, "keys") and name in value.keys()
+    }})
+before = left({name!r})
+"""
+
+
+def hold_deleted(it: Experiment) -> None:
+    """Nothing that modules keep by the names of adapters is kept of a deleted one.
+
+    Who adds another adapter of that name later would find it again.
+    """
+    require_peft(it, "what a class of one's own keeps, it keeps where it likes")
+    it.trial.run(_LEFT.format(name=SECOND))
+    it.say("add", SECOND, it.case.other())
+    it.output()
+    it.say("delete", SECOND)
+    left = sorted(set(it.trial.value(f"left({SECOND!r})")) - set(it.trial.names["before"]))
+    if left:
+        raise it.trial.broken(
+            f"deleted, and still a key of {left[0]} and {len(left) - 1} more",
+            f"assert not left({SECOND!r}), left({SECOND!r})",
+        )
 
 
 # ------------------------------------------------------------------------------ what is refused

@@ -31,6 +31,7 @@ from pytest_lora.contract.derivatives import hold_gradients
 from pytest_lora.contract.dialects import FIRST, Case, Dialect, OwnClass, Peft
 from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
 from pytest_lora.contract.handling import (
+    hold_deleted,
     hold_parameters,
     hold_rates,
     hold_round_trip,
@@ -814,6 +815,13 @@ def learning_rates(it: Experiment) -> None:
     """LoRA+ trains every B faster than its A, embeddings at a rate of their own, nothing twice."""
     it.attach()
     hold_rates(it)
+
+
+@_law("linear", "saved", "embedding")
+def deleted(it: Experiment) -> None:
+    """Of a deleted adapter nothing is kept under its name."""
+    it.attach()
+    hold_deleted(it)
 
 
 @_law("linear", "saved", "llama")

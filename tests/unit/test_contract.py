@@ -396,6 +396,7 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "patterns_apply",
         "patterns_that_match_nothing",
         "targets_that_match_nothing",
+        "deleted",
         "hot_swap",
         "learning_rates",
         "mixed_generation",

@@ -242,6 +242,17 @@ def test_an_embedding_trained_at_the_usual_rate_is_caught(monkeypatch: pytest.Mo
     hold("learning_rates")
 
 
+def test_what_is_kept_of_a_deleted_adapter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import layer
+
+    some = tuple(name for name in layer.LoraLayer.other_param_names if name != "use_rslora")
+    sound_then_broken(
+        "deleted",
+        lambda: monkeypatch.setattr(layer.LoraLayer, "other_param_names", some),
+        "deleted, and still a key of base_model.model.down.use_rslora and 1 more",
+    )
+
+
 def test_what_is_left_behind_by_unload_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import LoraModel
 
