@@ -6,6 +6,7 @@ nothing is known here of any method, and no rounding is allowed for.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,13 +19,19 @@ from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
 
 __all__ = [
+    "hold_deleted",
     "hold_parameters",
+    "hold_rates",
     "hold_round_trip",
     "hold_taken_names",
     "hold_told_of_nothing",
     "hold_unload",
+    "known",
+    "must",
     "refused_in_turn",
+    "renew",
     "require_peft",
+    "state_of",
 ]
 
 Before = Mapping[str, tuple[Any, Any, bool]]
@@ -141,6 +148,66 @@ def _same_parts(it: Experiment) -> None:
             )
 
 
+_RATES = """
+optimizer = create_loraplus_optimizer(
+    model, torch.optim.SGD, lr=2.0, loraplus_lr_ratio=8.0, loraplus_lr_embedding=0.5)
+names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+pairs = [(names.get(id(p)), group["lr"]) for group in optimizer.param_groups
+         for p in group["params"]]
+rates = dict(pairs)
+"""
+
+
+def hold_rates(it: Experiment) -> None:
+    """The optimizer of LoRA+ holds what trains, once, at the rates that were declared."""
+    require_peft(it, "only PEFT makes an optimizer of LoRA+")
+    known(it, "from peft.optimizers import create_loraplus_optimizer")
+    must(it, _RATES)
+    pairs: list[tuple[str, float]] = it.trial.names["pairs"]
+    embedding = it.case.network == "embedding"
+    for name in it.trial.names["names"].values():
+        usual = 16.0 if ".lora_B." in name else 2.0
+        declared = 0.5 if embedding else usual
+        found = [rate for other, rate in pairs if other == name]
+        if found != [declared]:
+            raise it.trial.broken(
+                f"{name} is in the optimizer with the rates {found}; declared is {declared}",
+                f"assert rates.get({name!r}) == {declared}, rates",
+                f"assert len(pairs) == {len(it.trial.names['names'])}, pairs",
+            )
+
+
+_LEFT = """
+def left(name):
+    kinds = ("_modules", "_parameters", "_buffers")
+    return sorted({{
+        f"{{where}}.{{key}}".lstrip(".")
+        for where, module in model.named_modules()
+        for key, value in {{**vars(module), **module._modules}}.items()
+        if key not in kinds and hasattr(value, "keys") and name in value.keys()
+    }})
+before = left({name!r})
+"""
+
+
+def hold_deleted(it: Experiment) -> None:
+    """Nothing that modules keep by the names of adapters is kept of a deleted one.
+
+    Who adds another adapter of that name later would find it again.
+    """
+    require_peft(it, "what a class of one's own keeps, it keeps where it likes")
+    it.trial.run(_LEFT.format(name=SECOND))
+    it.say("add", SECOND, it.case.other())
+    it.output()
+    it.say("delete", SECOND)
+    left = sorted(set(it.trial.value(f"left({SECOND!r})")) - set(it.trial.names["before"]))
+    if left:
+        raise it.trial.broken(
+            f"deleted, and still a key of {left[0]} and {len(left) - 1} more",
+            f"assert not left({SECOND!r}), left({SECOND!r})",
+        )
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
@@ -164,8 +231,7 @@ def hold_told_of_nothing(it: Experiment) -> None:
     dialect = require_peft(it, "a class of one's own is told which modules to adapt by name")
     if not dialect.method.accepts("target_modules"):
         raise NotApplicable("its configuration has no target_modules")
-    options = {**it.case.other().options, "target_modules": repr([NOWHERE])}
-    config = dialect.config(replace(it.case.other(), options=options))
+    config = dialect.config(replace(it.case.other(), chosen=(NOWHERE,)))
     _told(it, f"peft.get_peft_model(Net(), {config})", "an adapter")
     _told(it, f"model.add_adapter({SECOND!r}, {config})", "a second adapter")
     it.expect_bits(it.trial.names["first"], "first", "after an adapter of no module")
@@ -187,6 +253,26 @@ def _told(it: Experiment, code: str, which: str) -> None:
         f"{which}: no module is called {NOWHERE!r}, and nobody is told",
         "assert False, 'there was no such warning'",
     )
+
+
+def known(it: Experiment, code: str) -> None:
+    """Import what not every PEFT has.
+
+    Raises:
+        NotApplicable: this one has not.
+    """
+    try:
+        it.trial.run(code)
+    except Refused as refusal:
+        raise NotApplicable(f"this PEFT has no such thing: {refusal}") from None
+
+
+def must(it: Experiment, code: str) -> None:
+    """Run lines; that they raise breaks the law, unless they are refused by design."""
+    try:
+        it.trial.run(code)
+    except Refused as refusal:
+        raise it.outcome(refusal) from None
 
 
 def refused_in_turn(it: Experiment, names: Sequence[str], reason: NotApplicable) -> None:
@@ -217,19 +303,41 @@ def refused_in_turn(it: Experiment, names: Sequence[str], reason: NotApplicable)
 
 
 def hold_round_trip(it: Experiment) -> None:
-    """What is read out of a model can be read into another one, whatever its modules are called."""
+    """What is read out of a model can be read into another one, whatever its modules are called.
+
+    In half of the examples the adapter has a setting that is not the usual one.
+    """
     dialect = require_peft(it, "its files are its own affair")
-    it.trial.run("saved = run()")
+    it.attach()
+    switches = dialect.method.switches()
+    draw = random.Random(it.case.seed)
+    if switches and draw.randrange(2):
+        key, code = draw.choice(switches)
+        it.case = replace(it.case, options={**it.case.options, key: code})
+        _attach_anew(it, dialect)
+    it.trial.run(f"{dialect.seeded(0)}\nsaved = run()")
     it.trial.run(f"state = {state_of(FIRST)}")
     renew(it, dialect, it.case, FIRST)
     it.trial.run(f"told = peft.set_peft_model_state_dict(model, state, adapter_name={FIRST!r})")
-    unexpected = it.trial.value("told.unexpected_keys")
+    unexpected = it.trial.value("getattr(told, 'unexpected_keys', [])")
     if unexpected:
         raise it.trial.broken(
             f"{unexpected[0]} and {len(unexpected) - 1} more that were saved belong nowhere",
             "assert not told.unexpected_keys, told.unexpected_keys",
         )
+    it.trial.run(dialect.seeded(0))
     it.expect_bits(it.trial.names["saved"], "saved", "read into another model")
+
+
+def _attach_anew(it: Experiment, dialect: Peft) -> None:
+    """With other settings; what keeps them from working is none of this law's business."""
+    try:
+        dialect.build(it.trial, it.case)
+        dialect.attach(it.trial, it.case)
+        it.trial.value("run()")
+    except Exception as error:
+        raise NotApplicable(f"not with these settings: {error}") from None
+    dialect.fill(it.trial, FIRST, it.case.seed + 7)
 
 
 def state_of(name: str) -> str:
@@ -244,7 +352,7 @@ def renew(it: Experiment, dialect: Peft, case: Case, name: str, *, seed: int | N
     What an adapter draws at random and does not save is another number there.
     """
     dialect.build(it.trial, replace(case, seed=it.case.seed if seed is None else seed))
-    it.trial.run(f"torch.manual_seed({case.seed + 1})")
+    it.trial.run(dialect.seeded(case.seed + 1))
     try:
         dialect.attach(it.trial, case, name)
     except Refused as refusal:

@@ -12,7 +12,16 @@ from pytest_lora.contract.experiment import NOT_PLAIN
 if TYPE_CHECKING:
     from pytest_lora.contract.experiment import Experiment
 
-__all__ = ["Law", "LawTable", "not_combined", "not_plain", "without"]
+__all__ = [
+    "Law",
+    "LawTable",
+    "not_combined",
+    "not_mixed",
+    "not_plain",
+    "not_usual_lora",
+    "rewriting",
+    "without",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,24 @@ def not_combined(dialect: Dialect) -> str:
     """Why a law about combinations of adapters says nothing of it."""
     is_lora = isinstance(dialect, Peft) and dialect.method.is_lora
     return "" if is_lora else not_plain(dialect)
+
+
+def rewriting(dialect: Dialect) -> str:
+    """Why a law that needs the base untouched says nothing of it."""
+    return "by design it moves part of the base weight into the adapter" if dialect.rewrites else ""
+
+
+def not_mixed(dialect: Dialect) -> str:
+    """Why a law about batches of several adapters says nothing of it."""
+    return rewriting(dialect) or not_plain(dialect)
+
+
+def not_usual_lora(dialect: Dialect) -> str:
+    """Why a law about PEFT's tools for LoRA says nothing of it."""
+    if not isinstance(dialect, Peft):
+        return "it is PEFT's own"
+    usual = dialect.plain and "init_lora_weights" not in dialect.method.options
+    return "" if usual else "it is tried on LoRA that starts from the identity"
 
 
 def without(option: str) -> Callable[[Dialect], str]:

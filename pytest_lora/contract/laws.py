@@ -31,16 +31,27 @@ from pytest_lora.contract.derivatives import hold_gradients
 from pytest_lora.contract.dialects import FIRST, Case, OwnClass, Peft
 from pytest_lora.contract.experiment import NOT_PLAIN, Experiment, is_refusal, says_refusal
 from pytest_lora.contract.handling import (
+    hold_deleted,
     hold_parameters,
+    hold_rates,
     hold_round_trip,
     hold_taken_names,
     hold_told_of_nothing,
     hold_unload,
     refused_in_turn,
 )
-from pytest_lora.contract.law import Law, LawTable, not_combined, not_plain
+from pytest_lora.contract.law import (
+    Law,
+    LawTable,
+    not_combined,
+    not_mixed,
+    not_plain,
+    not_usual_lora,
+    rewriting,
+)
 from pytest_lora.contract.several import (
     hold_hot_swap,
+    hold_mixed_generation,
     hold_own_settings,
     hold_random_combinations,
 )
@@ -199,7 +210,7 @@ def gradients(it: Experiment) -> None:
 
 def _require_untouched_base(it: Experiment) -> None:
     if it.dialect.rewrites:
-        raise NotApplicable("by design it moves part of the base weight into the adapter")
+        raise NotApplicable(rewriting(it.dialect))
 
 
 def _own_terms(it: Experiment) -> dict[str, Any]:
@@ -611,6 +622,13 @@ def _mixed_tokens(it: Experiment, rows: Sequence[str]) -> None:
         raise it.trial.broken(f"it raises: {step}: {one_line(error)}", step) from None
 
 
+@_law("llama", excludes=not_mixed)
+def mixed_generation(it: Experiment) -> None:
+    """A batch of different adapters generates for each row what its adapter generates alone."""
+    it.attach()
+    hold_mixed_generation(it)
+
+
 @_law("linear", excludes=not_combined)
 def combination(it: Experiment) -> None:
     """Products add up: combine([a], [1]) is a, [-1] is -a; cat and full-rank svd of two add."""
@@ -743,18 +761,17 @@ def _products_equal(it: Experiment, name: str, what: str, parts: Any) -> None:
 @_law("linear", excludes=not_plain)
 def random_combinations(it: Experiment) -> None:
     """A combination that drops numbers at random is right in the mean."""
-    it.require_plain()
     it.attach()
     hold_random_combinations(it)
 
 
-@_law("linear", "conv1d", "embedding", "convolution", "grouped", excludes=not_plain)
+@_law("linear", "conv1d", "embedding", "convolution", "grouped", excludes=not_usual_lora)
 def hot_swap(it: Experiment) -> None:
     """An adapter swapped into the place of one of another rank computes what it does loaded."""
     hold_hot_swap(it)
 
 
-@_law("linear", "saved", "fused experts", sampled=True)
+@_law("linear", "saved", "fused experts", excludes=rewriting, sampled=True)
 def own_settings(it: Experiment) -> None:
     """Beside an adapter of other settings each computes what it computes alone, bit for bit."""
     it.attach()
@@ -828,6 +845,20 @@ def parameters_kept(it: Experiment) -> None:
     """Merging, unmerging and switching leave each parameter the object, bits and flag it was."""
     it.attach()
     hold_parameters(it)
+
+
+@_law("linear", "conv1d", "embedding", "convolution", excludes=not_usual_lora, sampled=True)
+def learning_rates(it: Experiment) -> None:
+    """LoRA+ trains every B faster than its A, embeddings at a rate of their own, nothing twice."""
+    it.attach()
+    hold_rates(it)
+
+
+@_law("linear", "saved", "embedding", sampled=True)
+def deleted(it: Experiment) -> None:
+    """Of a deleted adapter nothing is kept under its name."""
+    it.attach()
+    hold_deleted(it)
 
 
 @_law("linear", "saved", "llama", sampled=True)
@@ -1088,7 +1119,6 @@ def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
 def state_round_trip(it: Experiment) -> None:
     """The state read out of a model, read into another one, gives the same output, bit for bit."""
     _require_untouched_base(it)
-    it.attach()
     hold_round_trip(it)
 
 
@@ -1105,8 +1135,7 @@ def chosen_layers(it: Experiment) -> None:
         _named_modules(it)
         declared.hold_once_saved(it)
         return
-    chosen = [layer for layer in range(3) if (it.case.seed + 1) >> layer & 1] or [1]
-    options = _ways_to_choose(it, chosen)
+    chosen, options = _ways_to_choose(it.case.seed)
     names = [name for name, m in it.trial.names["net"].named_modules() if hasattr(m, "weight")]
     expected = {name for name in names if int(name.split("layers.")[1][0]) in chosen}
     found = set(declared.attach_layers(it, **options))
@@ -1119,11 +1148,14 @@ def chosen_layers(it: Experiment) -> None:
     declared.hold_once_saved(it)
 
 
-def _ways_to_choose(it: Experiment, chosen: Sequence[int]) -> dict[str, str]:
-    """A list, or the number itself where it is one; the name of the list of layers may be given."""
-    one = it.case.seed % 2 == 0 and len(chosen) == 1
-    options = {"layers_to_transform": repr(chosen[0] if one else list(chosen))}
-    return {**options, "layers_pattern": "'layers'"} if it.case.seed % 3 == 0 else options
+def _ways_to_choose(seed: int) -> tuple[list[int], dict[str, str]]:
+    """Layers, and how they are said: listed, or one number, with the name of their list or not."""
+    if seed % 3 == 1:
+        one = seed // 3 % 3
+        return [one], {"layers_to_transform": repr(one), "layers_pattern": "'layers'"}
+    chosen = [layer for layer in range(3) if (seed + 1) >> layer & 1] or [1]
+    named = {"layers_pattern": "'layers'"} if seed % 3 else {}
+    return chosen, {"layers_to_transform": repr(chosen), **named}
 
 
 _MANY = 24

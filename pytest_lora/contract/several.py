@@ -11,11 +11,15 @@ from dataclasses import replace
 
 from pytest_lora.contract.dialects import FIRST, Case, Peft
 from pytest_lora.contract.experiment import Experiment
-from pytest_lora.contract.handling import SECOND, renew, require_peft, state_of
-from pytest_lora.contract.trial import Refused
+from pytest_lora.contract.handling import SECOND, known, must, renew, require_peft, state_of
 from pytest_lora.errors import NotApplicable
 
-__all__ = ["hold_hot_swap", "hold_own_settings", "hold_random_combinations"]
+__all__ = [
+    "hold_hot_swap",
+    "hold_mixed_generation",
+    "hold_own_settings",
+    "hold_random_combinations",
+]
 
 DRAWS = 32
 """Random combinations: that all of them fall on one side of a mean they lie on either side of with
@@ -34,8 +38,6 @@ def hold_own_settings(it: Experiment) -> None:
     other, setting = _other_settings(it, dialect)
     if it.case.net.saved:
         it.case = replace(it.case, options={**it.case.options, "modules_to_save": "None"})
-    if dialect.rewrites:
-        raise NotApplicable("by design it moves part of the base weight into the adapter")
     _attached_alone(it, dialect, other)
     renew(it, dialect, it.case, FIRST)
     _beside(it, dialect, other)
@@ -65,19 +67,19 @@ def _attached_alone(it: Experiment, dialect: Peft, other: Case) -> None:
     dialect.fill(it.trial, SECOND, other.seed + 7)
     it.trial.run(f"state = {state_of(SECOND)}")
     _read(it)  # what is saved may be less than what there was
-    it.trial.run("torch.manual_seed(0)\nalone = run()")
+    it.trial.run(f"{it.dialect.seeded(0)}\nalone = run()")
 
 
 def _read(it: Experiment) -> None:
-    _must(it, f"peft.set_peft_model_state_dict(model, state, adapter_name={SECOND!r})")
+    must(it, f"peft.set_peft_model_state_dict(model, state, adapter_name={SECOND!r})")
 
 
 def _beside(it: Experiment, dialect: Peft, other: Case) -> None:
     """The second adapter beside the first, which it leaves alone, and at work."""
     trains = "[n for n, p in model.named_parameters() if p.requires_grad]"
-    it.trial.run(f"trains = {trains}\ntorch.manual_seed(0)\nfirst = run()")
+    it.trial.run(f"trains = {trains}\n{it.dialect.seeded(0)}\nfirst = run()")
     it.say("add", SECOND, other)
-    it.trial.run("torch.manual_seed(0)")
+    it.trial.run(it.dialect.seeded(0))
     it.expect_bits(it.trial.names["first"], "first", "after another adapter was added")
     now = it.trial.value(trains)
     if now != it.trial.names["trains"]:
@@ -90,7 +92,44 @@ def _beside(it: Experiment, dialect: Peft, other: Case) -> None:
         )
     _read(it)
     it.say("activate", SECOND)
-    it.trial.run("torch.manual_seed(0)")
+    it.trial.run(it.dialect.seeded(0))
+
+
+_GENERATE = """
+def generate(**more):
+    ones = torch.ones_like(x)
+    return model.generate(input_ids=x, attention_mask=ones, do_sample=False, num_beams={beams},
+                          min_new_tokens={new}, max_new_tokens={new}, **more)
+"""
+NEW_TOKENS = 4
+
+
+def hold_mixed_generation(it: Experiment) -> None:
+    """In one batch each row gets the tokens that its adapter generates alone, with beams and not.
+
+    The model computes in float64: what the order of a sum moves is nothing to the gap between two
+    logits of random numbers.
+    """
+    require_peft(it, "a class of one's own generates nothing")
+    it.trial.run("model.double()\nx = x.repeat(2, 1)[:3]")
+    it.add(SECOND, it.case.other())
+    it.trial.run("model.double()")
+    beams = 1 + (it.case.seed + 1) % 2
+    it.trial.run(_GENERATE.format(beams=beams, new=NEW_TOKENS))
+    names = [FIRST, "__base__", SECOND]
+    for name in (FIRST, SECOND):
+        it.say("activate", name)
+        must(it, f"alone_{name} = generate()")
+    must(it, "with model.disable_adapter():\n    alone___base__ = generate()")
+    if it.trial.value(f"torch.equal(alone_{FIRST}, alone___base__)"):
+        raise NotApplicable("the adapter does not change what is generated")
+    must(it, f"mixed = generate(adapter_names={names!r})")
+    for row, name in enumerate(names):
+        if not it.trial.value(f"torch.equal(mixed[{row}], alone_{name}[{row}])"):
+            raise it.trial.broken(
+                f"row {row} with {name}, {beams} beam(s): other tokens than it generates alone",
+                f"assert torch.equal(mixed[{row}], alone_{name}[{row}]), (mixed, alone_{name})",
+            )
 
 
 # ------------------------------------------------------------------------------ in its place
@@ -115,8 +154,6 @@ def hold_hot_swap(it: Experiment) -> None:
     no sum is rounded in whatever order it is taken: zeros that fill up a rank do not show.
     """
     dialect = require_peft(it, "only PEFT swaps adapters")
-    if not dialect.plain or "init_lora_weights" in dialect.method.options:
-        raise NotApplicable("it is tried on LoRA that starts from the identity")
     cases = _exact_cases(it)
     it.trial.run(_EXACT)
     it.trial.run("import tempfile\nfolders = {}\noutputs = {}")
@@ -156,25 +193,14 @@ def _exact_adapter(it: Experiment, dialect: Peft, case: Case, name: str) -> None
 
 
 def _prepare(it: Experiment) -> None:
-    try:
-        it.trial.run(
-            "from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap"
-        )
-    except Refused as refusal:
-        raise NotApplicable(f"this PEFT does not swap adapters: {refusal}") from None
-    _must(it, f"prepare_model_for_compiled_hotswap(model, target_rank={ROOM})")
+    names = "hotswap_adapter, prepare_model_for_compiled_hotswap"
+    known(it, f"from peft.utils.hotswap import {names}")
+    must(it, f"prepare_model_for_compiled_hotswap(model, target_rank={ROOM})")
 
 
 def _swap(it: Experiment, name: str) -> None:
     folder = f"folders[{name!r}].name + '/{FIRST}'"
-    _must(it, f"hotswap_adapter(model, {folder}, {FIRST!r}, torch_device='cpu')")
-
-
-def _must(it: Experiment, code: str) -> None:
-    try:
-        it.trial.run(code)
-    except Refused as refusal:
-        raise it.outcome(refusal) from None
+    must(it, f"hotswap_adapter(model, {folder}, {FIRST!r}, torch_device={it.dialect.device!r})")
 
 
 # ------------------------------------------------------------------------------ combined
@@ -197,7 +223,7 @@ def hold_random_combinations(it: Experiment) -> None:
     plain = _sums(it, "plain")
     if not all(plain):
         raise NotApplicable("it combines something else than the factors of LoRA")
-    it.trial.run(f"torch.manual_seed({it.case.seed})")
+    it.trial.run(it.dialect.seeded(it.case.seed))
     found = []
     for _ in range(DRAWS):
         _combine(it, "drawn", "dare_linear", ", density=0.5")
@@ -216,7 +242,7 @@ def hold_random_combinations(it: Experiment) -> None:
 
 
 def _combine(it: Experiment, name: str, kind: str, more: str) -> None:
-    _must(
+    must(
         it,
         f"model.add_weighted_adapter([{FIRST!r}, {SECOND!r}], [1.0, 0.5], {name!r},"
         f" combination_type={kind!r}{more})",

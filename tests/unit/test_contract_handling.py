@@ -135,6 +135,35 @@ def test_settings_are_read_from_the_configuration_class() -> None:
     assert not [key for key, _ in LORA.method.switches() if key.startswith("init_")]
 
 
+def test_an_encoder_seen_where_there_is_none_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import model
+
+    sound_then_broken(
+        "mixed_generation",
+        lambda: monkeypatch.setattr(model, "_get_encoder", lambda net: net),
+        "Length of `adapter_names`",
+        network="llama",
+        options={"task_type": "'CAUSAL_LM'"},
+    )
+
+
+def test_rows_given_another_adapter_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import layer
+
+    original = layer.Linear._mixed_batch_forward
+
+    def other_way_round(self: Any, x: Any, *args: Any, adapter_names: list[str], **kw: Any) -> Any:
+        return original(self, x, *args, adapter_names=adapter_names[::-1], **kw)
+
+    sound_then_broken(
+        "mixed_generation",
+        lambda: monkeypatch.setattr(layer.Linear, "_mixed_batch_forward", other_way_round),
+        "row 0 with one, 2 beam.s.: other tokens than it generates alone",
+        network="llama",
+        options={"task_type": "'CAUSAL_LM'"},
+    )
+
+
 # ------------------------------------------------------------------------------ combined
 
 
@@ -195,6 +224,32 @@ def test_an_operation_that_touches_the_factors_or_their_flags_is_caught(
         "parameters_kept",
         lambda: monkeypatch.setattr(layer.Linear, operation, touching),
         says,
+    )
+
+
+def test_an_embedding_trained_at_the_usual_rate_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.optimizers import loraplus
+
+    class Nothing:
+        """What no module is."""
+
+    sound_then_broken(
+        "learning_rates",
+        lambda: monkeypatch.setattr(loraplus, "Embedding", Nothing),
+        "lora_embedding_A.one is in the optimizer with the rates .*; declared is 0.5",
+        network="embedding",
+    )
+    hold("learning_rates")
+
+
+def test_what_is_kept_of_a_deleted_adapter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import layer
+
+    some = tuple(name for name in layer.LoraLayer.other_param_names if name != "use_rslora")
+    sound_then_broken(
+        "deleted",
+        lambda: monkeypatch.setattr(layer.LoraLayer, "other_param_names", some),
+        "deleted, and still a key of base_model.model.down.use_rslora and 1 more",
     )
 
 
@@ -350,7 +405,7 @@ def test_the_first_layer_given_as_a_number_is_caught_if_it_counts_as_none(
 
         monkeypatch.setattr(peft.LoraConfig, "__post_init__", falsy)
 
-    sound_then_broken("chosen_layers", spoil, "must also be specified", network="layers", seed=0)
+    sound_then_broken("chosen_layers", spoil, "must also be specified", network="layers", seed=1)
 
 
 @pytest.mark.parametrize("name", ["LORA", "LORA+dora", "TRAINABLE_TOKENS"])
