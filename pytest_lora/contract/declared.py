@@ -101,7 +101,7 @@ def _anew(it: Experiment, **changes: Any) -> None:
 
 def _seed(it: Experiment) -> None:
     """What is initialised next at random is the same each time."""
-    it.trial.run(f"torch.default_generator.manual_seed({it.case.seed})")
+    it.trial.run(it.dialect.seeded(it.case.seed))
 
 
 # ------------------------------------------------------------------------------ numbers

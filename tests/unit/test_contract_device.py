@@ -33,8 +33,8 @@ from pytest_lora.numerics.precision import switches
 
 METHODS = {method.name: method for method in discover()}
 LORA = METHODS["LORA"]
-NEED_NUMBERS = {"experts", "experts llama"}
-"""Networks that torch cannot run without: a parametrised parameter, and routing."""
+NEED_NUMBERS = {"experts", "fused experts", "experts llama"}
+"""Networks that torch cannot run without: parametrised parameters, and routing."""
 
 
 NEW = since("its language models cannot be moved to the meta device", transformers=(5, 0))
