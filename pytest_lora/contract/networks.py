@@ -60,12 +60,18 @@ class Net(torch.nn.Module):
         return self.head(self.table(x))
 """
 _SCALED = """
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+class Scaled(torch.nn.Embedding):  # as in Gemma 3
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("embed_scale", torch.tensor(sizes[1] ** 0.5), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
 
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.table = Gemma3TextScaledWordEmbedding({k}, {d}, None, embed_scale={d} ** 0.5)
+        self.table = Scaled({k}, {d})
         self.head = torch.nn.Linear({d}, {e})
 
     def forward(self, x):
