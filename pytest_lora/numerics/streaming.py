@@ -42,7 +42,7 @@ def widened(module: torch.nn.Module, dtype: torch.dtype, *, recurse: bool = True
     before = [t.data for t in floating]
     try:
         for tensor in floating:
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(dtype, copy=True)  # what is written into is given up
         yield
     finally:
         for tensor, data in zip(floating, before, strict=True):
