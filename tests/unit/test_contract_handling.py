@@ -461,3 +461,13 @@ def test_numbers_of_a_hot_swap_are_exact() -> None:
     y = (16 * torch.randn(400, dtype=torch.float64)).round().clamp(-64, 64) / 16
     product = (x * y * 3 / 4) * x
     assert float(product.sum()) == float(product.flip(0).sum()) == float(product.sort()[0].sum())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_parameters_of_one_module_are_judged_in_the_format_they_are_merged_in(
+    dtype: str,
+) -> None:
+    """In float64 nothing has to be widened: what is written into while judging is still a copy."""
+    law = LAWS["merge_equivalence"]
+    it = Experiment(law.id, LORA, Case(network="fused experts", dtype=dtype, sizes=(5, 4, 6)))
+    law.hold(it)
