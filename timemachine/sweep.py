@@ -19,8 +19,8 @@ from timemachine.stacks import Stack
 
 __all__ = ["EXAMPLES", "Sweep", "read", "sweep", "try_all"]
 
-EXAMPLES = (8, 3)
-"""Examples of LoRA itself, and of every other method."""
+EXAMPLES = (24, 3)
+"""Examples of LoRA itself, which is tried on up to eleven networks, and of every other method."""
 
 SLOW = {"save_reload": (5, 1), "merged_reload": (5, 1)}
 """Those of the laws that start processes."""
