@@ -259,10 +259,14 @@ def contract_cells(implementation: str | type | None = None, *, device: str = "c
     ]
 
 
-def sample_of(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells without three quarters of those whose laws look at what PEFT's methods share.
+_SAMPLED = 8
 
-    LoRA itself keeps all of them; which methods a law is left with is another quarter for each.
+
+def sample_of(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells without most of those whose laws look at what PEFT's methods share.
+
+    LoRA itself keeps all of them; a law is left with one in eight of the other methods, another
+    eighth for each law.
     """
     methods = list(dict.fromkeys(cell.method for cell in cells))
     order = law_ids()
@@ -270,7 +274,7 @@ def sample_of(cells: Sequence[Cell]) -> list[Cell]:
     def stays(cell: Cell) -> bool:
         sampled = cell.law in LAWS and LAWS[cell.law].sampled and not cell.is_main
         turn = methods.index(cell.method) + order.index(cell.law)
-        return not sampled or turn % 4 == 0
+        return not sampled or turn % _SAMPLED == 0
 
     return [cell for cell in cells if stays(cell)]
 

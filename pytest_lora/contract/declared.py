@@ -175,7 +175,7 @@ def _dropouts(dialect: Peft) -> list[str]:
 # ------------------------------------------------------------------------------ patterns
 
 
-@_law("layers")
+@_law("layers", sampled=True)
 def patterns_apply(it: Experiment) -> None:
     """rank_pattern and alpha_pattern give modules a rank and scaling, the others keep theirs."""
     method = _peft(it).method
@@ -260,7 +260,7 @@ def _build(layer: Any) -> dict[str, Any]:
 _NOTHING = "no_such_module"
 
 
-@_law("layers", excludes=without("rank_pattern"))
+@_law("layers", excludes=without("rank_pattern"), sampled=True)
 def patterns_that_match_nothing(it: Experiment) -> None:
     """A key of rank_pattern or alpha_pattern that matches no module is refused, or told."""
     key = ("rank_pattern", "alpha_pattern")[it.case.seed % 2]

@@ -549,7 +549,7 @@ _COME_AND_GO = (
 )
 
 
-@_law("linear", "llama")
+@_law("linear", "llama", sampled=True)
 def mixed_batch(it: Experiment) -> None:
     """A batch whose rows use different adapters gives each row what its adapter alone gives."""
     if it.is_peft and not _is_plain(it):
@@ -785,7 +785,7 @@ def taken_names(it: Experiment) -> None:
     hold_taken_names(it)
 
 
-@_law("linear")
+@_law("linear", sampled=True)
 def eval_mode_kept(it: Experiment) -> None:
     """What is added to a model in eval mode is in eval mode: nothing is dropped at random."""
     it.attach()
@@ -1046,7 +1046,7 @@ def merged_reload(it: Experiment) -> None:
                  "merged.save_pretrained('merged')  # and load it")  # fmt: skip
 
 
-@_law()
+@_law(sampled=True)
 def saved_alone(it: Experiment) -> None:
     """What is saved of an adapter is the same whether or not there is another one."""
     it.attach()
@@ -1125,7 +1125,7 @@ def state_round_trip(it: Experiment) -> None:
 # ------------------------------------------------------------------------------ what is declared
 
 
-@_law("look-alikes", "layers", "bare layers")
+@_law("look-alikes", "layers", "bare layers", sampled=True)
 def chosen_layers(it: Experiment) -> None:
     """Exactly what is chosen is adapted: by full names; by layers; once saved and read again.
 

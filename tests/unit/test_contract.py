@@ -30,6 +30,7 @@ from pytest_lora.contract.cells import (
     assert_contract,
     contract_cells,
     law_ids,
+    sample_of,
     try_cell,
 )
 from pytest_lora.contract.dialects import FIRST, Case, OwnClass, Peft, load_implementation
@@ -1080,3 +1081,16 @@ def test_cells_run_under_the_settings_they_are_given() -> None:
     assert FIRST == "one"
     with pytest.raises(NotApplicable):
         Experiment("x", LORA, Case(network="embedding")).require_plain()
+
+
+def test_a_sample_keeps_lora_and_an_eighth_of_the_methods_for_laws_they_share() -> None:
+    cells = contract_cells()
+    kept = {(tried.method, tried.law) for tried in sample_of(cells)}
+    left = [tried for tried in cells if (tried.method, tried.law) not in kept]
+    assert left
+    assert all(LAWS[tried.law].sampled and tried.method != "LORA" for tried in left)
+    shared = {tried.law for tried in left}
+    for law in shared - {"own_modules_saved"}:
+        methods = [tried.method for tried in cells if tried.law == law]
+        assert 4 <= sum((method, law) in kept for method in methods) <= len(methods) // 8 + 2
+    assert {tried.method for tried in cells} == {method for method, law in kept if law in shared}
