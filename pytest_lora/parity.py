@@ -6,10 +6,10 @@ docs/parity.md has examples, bounds and derivations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_lora.records import Bound, Measurement
-from pytest_lora.training import decide
+from pytest_lora.training import decide, limit_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,7 @@ def assert_serving_parity(
     from pytest_lora.checks.parity import measure_serving_parity
 
     named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
-    limit: Any = bound
-    if not isinstance(bound, Bound):
-        limit = Bound.at_most(bound, "default" if bound == ROUNDING else "argument")
+    limit = limit_of(bound, ROUNDING)
     allowed = ROUNDING if limit.high is None else limit.high
     return decide(
         "serving_parity",
@@ -76,14 +74,11 @@ def assert_export_parity(
     __tracebackhide__ = True
     from pytest_lora.checks.export import measure_export_parity
 
-    limit: Any = bound
-    if not isinstance(bound, Bound):
-        limit = Bound.at_most(bound, "default" if bound == 1 else "argument")
     return decide(
         "export_parity",
         subject.adapter.name,
         lambda: measure_export_parity(export, subject),
-        limit,
+        limit_of(bound),
         advice="merge in the base's own format, and compare the names of what is merged with those"
         " in the adapter's file",
     )
@@ -110,14 +105,11 @@ def assert_metric_sound(
     __tracebackhide__ = True
     from pytest_lora.checks.metric import measure_metric
 
-    limit: Any = bound
-    if not isinstance(bound, Bound):
-        limit = Bound.at_most(bound, "default" if bound == 1 else "argument")
     return decide(
         "metric_sound",
         None,
         lambda: measure_metric(metric, model, input_ids, declared=declared),
-        limit,
+        limit_of(bound),
         advice="shift the labels by one, leave padding out by its mask, and divide by the number of"
         " tokens, not of rows",
     )

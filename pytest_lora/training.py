@@ -205,7 +205,7 @@ def assert_checkpointing_equivalent(
             step, model, checkpointing=checkpointing, adapter=adapter, trainable=trainable
         )
 
-    return decide("checkpointing_equivalent", adapter, measure, _limit(bound))
+    return decide("checkpointing_equivalent", adapter, measure, limit_of(bound))
 
 
 def assert_accumulation_equivalent(
@@ -234,7 +234,7 @@ def assert_accumulation_equivalent(
             whole, *others, model=model, adapter=adapter, trainable=trainable
         )
 
-    return decide("accumulation_equivalent", adapter, measure, _limit(bound))
+    return decide("accumulation_equivalent", adapter, measure, limit_of(bound))
 
 
 def assert_resume_equivalent(
@@ -371,7 +371,7 @@ def assert_reference_policy(
             reference, policy, step, model, declared=declared, steps=steps
         )
 
-    limit = None if bound is None else _limit(bound)
+    limit = None if bound is None else limit_of(bound)
     return decide("reference_policy", None, measure, limit)
 
 
@@ -416,10 +416,11 @@ def assert_labels_sound(
     return decide("labels_sound", None, measure)
 
 
-def _limit(bound: float | Bound) -> Bound:
+def limit_of(bound: float | Bound, usual: float = 1.0) -> Bound:
+    """A bound given as a number says who set it: the default, which is ``usual``, or the caller."""
     if isinstance(bound, Bound):
         return bound
-    return Bound.at_most(bound, "default" if bound == 1 else "argument")
+    return Bound.at_most(bound, "default" if bound == usual else "argument")
 
 
 def decide(

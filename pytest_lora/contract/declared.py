@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.checks.bits import same_bits
 from pytest_lora.contract.dialects import FIRST, Peft
 from pytest_lora.contract.experiment import Experiment
+from pytest_lora.contract.handling import require_peft
 from pytest_lora.contract.law import Law, LawTable, without
 from pytest_lora.contract.trial import Refused
 from pytest_lora.errors import NotApplicable
@@ -88,9 +89,7 @@ def _peft(it: Experiment) -> Peft:
     Raises:
         NotApplicable: it is a class of one's own.
     """
-    if not isinstance(it.dialect, Peft):
-        raise NotApplicable("it is about PEFT's settings and calls")
-    return it.dialect
+    return require_peft(it, "it is about PEFT's settings and calls")
 
 
 def _anew(it: Experiment, **changes: Any) -> None:

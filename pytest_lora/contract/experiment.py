@@ -177,7 +177,7 @@ class Experiment:
         self.dialect.fill(self.trial, name, case.seed + 7)
 
     def must(self, code: str) -> None:
-        """Run a line of one's own class; that it raises breaks the law, as in :meth:`say`."""
+        """Run lines; that they raise breaks the law, as in :meth:`say`."""
         try:
             self.trial.run(code)
         except Refused as refusal:

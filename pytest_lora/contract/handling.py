@@ -27,7 +27,6 @@ __all__ = [
     "hold_told_of_nothing",
     "hold_unload",
     "known",
-    "must",
     "refused_in_turn",
     "renew",
     "require_peft",
@@ -162,7 +161,7 @@ def hold_rates(it: Experiment) -> None:
     """The optimizer of LoRA+ holds what trains, once, at the rates that were declared."""
     require_peft(it, "only PEFT makes an optimizer of LoRA+")
     known(it, "from peft.optimizers import create_loraplus_optimizer")
-    must(it, _RATES)
+    it.must(_RATES)
     pairs: list[tuple[str, float]] = it.trial.names["pairs"]
     embedding = it.case.network == "embedding"
     for name in it.trial.names["names"].values():
@@ -265,14 +264,6 @@ def known(it: Experiment, code: str) -> None:
         it.trial.run(code)
     except Refused as refusal:
         raise NotApplicable(f"this PEFT has no such thing: {refusal}") from None
-
-
-def must(it: Experiment, code: str) -> None:
-    """Run lines; that they raise breaks the law, unless they are refused by design."""
-    try:
-        it.trial.run(code)
-    except Refused as refusal:
-        raise it.outcome(refusal) from None
 
 
 def refused_in_turn(it: Experiment, names: Sequence[str], reason: NotApplicable) -> None:

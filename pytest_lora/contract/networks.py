@@ -116,14 +116,6 @@ class Experts(torch.nn.Module):
 
     def forward(self, x):
         return torch.bmm(x.expand(3, -1, -1), self.weight)
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.experts = Experts()
-
-    def forward(self, x):
-        return self.experts(x).transpose(0, 1).flatten(1)
 """
 _FUSED = """
 class Experts(torch.nn.Module):
@@ -135,7 +127,8 @@ class Experts(torch.nn.Module):
     def forward(self, x):
         x = x.expand(3, -1, -1)
         return torch.cat([torch.bmm(x, self.up), torch.bmm(x, self.down)], -1)
-
+"""
+_ON_EXPERTS = """
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -326,13 +319,13 @@ NETWORKS: Mapping[str, Network] = {
     "convolution": Network(_CONVOLUTION, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
     "grouped": Network(_GROUPED, "torch.randn(2, 4, 5, 6, dtype={dtype})"),
     "experts": Network(
-        _EXPERTS,
+        _EXPERTS + _ON_EXPERTS,
         "torch.randn(4, {k}, dtype={dtype})",
         targets=(),
         parameters=("experts.weight",),
     ),
     "fused experts": Network(
-        _FUSED,
+        _FUSED + _ON_EXPERTS,
         "torch.randn(4, {k}, dtype={dtype})",
         targets=(),
         parameters=("experts.up", "experts.down"),

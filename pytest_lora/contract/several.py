@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pytest_lora.contract.dialects import FIRST, Case, Peft
 from pytest_lora.contract.experiment import Experiment
-from pytest_lora.contract.handling import SECOND, known, must, renew, require_peft, state_of
+from pytest_lora.contract.handling import SECOND, known, renew, require_peft, state_of
 from pytest_lora.errors import NotApplicable
 
 __all__ = [
@@ -71,7 +71,7 @@ def _attached_alone(it: Experiment, dialect: Peft, other: Case) -> None:
 
 
 def _read(it: Experiment) -> None:
-    must(it, f"peft.set_peft_model_state_dict(model, state, adapter_name={SECOND!r})")
+    it.must(f"peft.set_peft_model_state_dict(model, state, adapter_name={SECOND!r})")
 
 
 def _beside(it: Experiment, dialect: Peft, other: Case) -> None:
@@ -119,11 +119,11 @@ def hold_mixed_generation(it: Experiment) -> None:
     names = [FIRST, "__base__", SECOND]
     for name in (FIRST, SECOND):
         it.say("activate", name)
-        must(it, f"alone_{name} = generate()")
-    must(it, "with model.disable_adapter():\n    alone___base__ = generate()")
+        it.must(f"alone_{name} = generate()")
+    it.must("with model.disable_adapter():\n    alone___base__ = generate()")
     if it.trial.value(f"torch.equal(alone_{FIRST}, alone___base__)"):
         raise NotApplicable("the adapter does not change what is generated")
-    must(it, f"mixed = generate(adapter_names={names!r})")
+    it.must(f"mixed = generate(adapter_names={names!r})")
     for row, name in enumerate(names):
         if not it.trial.value(f"torch.equal(mixed[{row}], alone_{name}[{row}])"):
             raise it.trial.broken(
@@ -195,12 +195,12 @@ def _exact_adapter(it: Experiment, dialect: Peft, case: Case, name: str) -> None
 def _prepare(it: Experiment) -> None:
     names = "hotswap_adapter, prepare_model_for_compiled_hotswap"
     known(it, f"from peft.utils.hotswap import {names}")
-    must(it, f"prepare_model_for_compiled_hotswap(model, target_rank={ROOM})")
+    it.must(f"prepare_model_for_compiled_hotswap(model, target_rank={ROOM})")
 
 
 def _swap(it: Experiment, name: str) -> None:
     folder = f"folders[{name!r}].name + '/{FIRST}'"
-    must(it, f"hotswap_adapter(model, {folder}, {FIRST!r}, torch_device={it.dialect.device!r})")
+    it.must(f"hotswap_adapter(model, {folder}, {FIRST!r}, torch_device={it.dialect.device!r})")
 
 
 # ------------------------------------------------------------------------------ combined
@@ -242,8 +242,7 @@ def hold_random_combinations(it: Experiment) -> None:
 
 
 def _combine(it: Experiment, name: str, kind: str, more: str) -> None:
-    must(
-        it,
+    it.must(
         f"model.add_weighted_adapter([{FIRST!r}, {SECOND!r}], [1.0, 0.5], {name!r},"
         f" combination_type={kind!r}{more})",
     )
