@@ -1,6 +1,8 @@
-"""Fills in what README.md shows of real runs: the terminal pictures and the list of checks.
+"""Fills in what README.md shows of real runs: the terminals' texts and the list of checks.
 
 python docs/make_readme.py
+
+The picture of a terminal is drawn anew from its text.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ def main() -> None:
     text = fill(text, "gate", f"\n```text\n{gate()}\n```\n")
     text = fill(text, "checks", f"\n{checks()}\n")
     path.write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, ROOT / "docs" / "make_pictures.py", "--terminal"], check=True)
 
 
 if __name__ == "__main__":
