@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import pytest_lora as lora
+from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
 from pytest_lora.records import Measurement
 from pytest_lora.subject import Subject, load_base
@@ -179,6 +180,27 @@ def merge_of_a_lora_bias(place: Path) -> Measurement:
     """Merging adds the adapter's bias without the scaling."""
     model = trained(Mlp(), lora_config("body", lora_bias=True))
     return lora.assert_merge_equivalence(model, INPUT)
+
+
+@case("peft#1370", "merge_equivalence", "not quantised again", affected="0.7.1", fixed="0.8.2")
+def merge_into_four_bits(place: Path) -> Measurement:
+    """Merging into a 4-bit weight keeps the constants of the blocks that it replaces."""
+    model = trained(_four_bits(), lora_config("0"))
+    return lora.assert_merge_equivalence(model, {"input": torch.ones(2, 128).cumsum(-1)})
+
+
+def _four_bits() -> nn.Module:
+    """One linear layer, quantised by bitsandbytes, which does so on a CPU as well."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise NotApplicable("bitsandbytes is not installed") from None
+    torch.manual_seed(0)
+    held = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4")
+    held.load_state_dict(nn.Linear(128, 64, bias=False).state_dict())
+    net = nn.Sequential(held).to("cpu").requires_grad_(False).eval()
+    net.is_loaded_in_4bit = True  # as transformers says it, for PEFT to take its 4-bit layers
+    return net
 
 
 @case("peft#3216", "unmerge_restoration", "bias", affected="0.19.1", fixed="0.20.0")

@@ -38,9 +38,6 @@ COLUMNS = (
     "says there", "examples",
 )  # fmt: skip
 
-NOT_CAUGHT = {
-    "peft#1370": "a 4-bit merge with stale constants needs bitsandbytes on a GPU: not tried",
-}
 _PARTS = {
     "serving_parity": "serving",
     "metric_sound": "metric",
@@ -108,10 +105,6 @@ def document(recorded: Mapping[str, Any]) -> str:
         f"| {' | '.join(COLUMNS)} |",
         "|" + " --- |" * len(COLUMNS),
         *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
-        "",
-        "## Not caught",
-        "",
-        *(f"- {thread}: {why}." for thread, why in NOT_CAUGHT.items()),
         "",
         *_sweeps(recorded["sweeps"]),
     ]

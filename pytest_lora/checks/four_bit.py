@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "doubt_about",
     "four_bit_modules",
     "is_four_bit",
+    "is_packed",
     "read_back",
     "readable",
 ]
@@ -26,6 +28,12 @@ def is_four_bit(tensor: object) -> bool:
     return (
         type(tensor).__name__ == "Params4bit" and getattr(tensor, "quant_state", None) is not None
     )
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether a 4-bit weight holds two codes per byte, as its constants have it."""
+    held: int = weight.numel() * weight.element_size()
+    return held == (math.prod(weight.quant_state.shape) + 1) // 2
 
 
 def four_bit_modules(model: torch.nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from pytest_lora.baseline import FACTS
-from pytest_lora.checks.four_bit import block_format, four_bit_modules
+from pytest_lora.checks.four_bit import block_format, four_bit_modules, is_packed
 from pytest_lora.checks.merge_layers import (
     NotMergeable,
     adapters_of,
@@ -306,6 +306,11 @@ class _Visit:
         """Which code every element got; PEFT keeps the format, and may widen what it stands for."""
         assert self.known is not None
         assert self.format is not None
+        held = self._base.weight
+        if not is_packed(held):
+            text = f"merging left {as_text(held)} numbers with the constants of its 4-bit blocks"
+            self.verdict.worst(math.inf, where, f"{text}: the sum was not quantised again")
+            return
         form = block_format(self._base.weight)
         if not form.holds_like(self.format) or old.shape != new.shape:
             self.verdict.worst(math.inf, where, "merging changed the format of its 4-bit blocks")

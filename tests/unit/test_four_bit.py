@@ -261,10 +261,29 @@ def fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             merge(self, *args, **kwargs)
 
         monkeypatch.setattr(Linear4bit, "merge", merge_into_larger_blocks)
+    elif name == "not quantised":
+
+        def merge_into_numbers(self: Any, *args: Any, **kwargs: Any) -> None:
+            weight = self.get_base_layer().weight
+            merge(self, *args, **kwargs)
+            state = weight.quant_state
+            weight.data = torch.zeros(tuple(state.shape))
+            weight.quant_state = state
+            self.get_base_layer().weight = weight
+
+        monkeypatch.setattr(Linear4bit, "merge", merge_into_numbers)
 
 
-@pytest.mark.parametrize("name", ["scaling", "not added", "other format"])
-def test_a_faulty_merge_fails(name: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("scaling", "bound"),
+        ("not added", "bound"),
+        ("other format", "the format of its 4-bit blocks"),
+        ("not quantised", "float32 [192, 128] numbers with the constants of its 4-bit blocks"),
+    ],
+)
+def test_a_faulty_merge_fails(name: str, says: str, monkeypatch: pytest.MonkeyPatch):
     from pytest_lora.checks.merge import measure_merge_equivalence
 
     with subject_of(quantised()) as subject:
@@ -272,6 +291,7 @@ def test_a_faulty_merge_fails(name: str, monkeypatch: pytest.MonkeyPatch):
         found = measure_merge_equivalence(subject)
         assert found.value > 1
         assert found.where
+        assert any(says in str(problem) for problem in found.problems), found.problems
 
 
 def test_a_faulty_unmerge_fails(monkeypatch: pytest.MonkeyPatch):
