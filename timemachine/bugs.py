@@ -135,7 +135,7 @@ BUGS = (
     _bug("peft#2433", "methods do not run on a model in half precision",
          "dtypes_kept", "the same dtype", "0.15.2", "0.16.0"),
     _bug("peft#2466", "a deleted adapter leaves its saved modules behind",
-         "deleted_is_gone", "is still there", "0.15.2", "0.16.0", "LORA"),
+         "deleted", "is still there", "0.15.2", "0.16.0", "LORA"),
     _bug("peft#2489", "merging a LoRA bias leaves out the scaling",
          "merge_equivalence", "bias.*rounding bound", "0.15.2", "0.16.0", "LORA+lora_bias"),
     _bug("peft#2510", "attention is not called by keyword",

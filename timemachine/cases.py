@@ -189,7 +189,7 @@ def merge_into_four_bits(place: Path) -> Measurement:
     return lora.assert_merge_equivalence(model, {"input": torch.ones(2, 128).cumsum(-1)})
 
 
-def _four_bits() -> nn.Module:
+def _four_bits() -> Any:
     """One linear layer, quantised by bitsandbytes, which does so on a CPU as well."""
     try:
         import bitsandbytes as bnb
@@ -198,7 +198,7 @@ def _four_bits() -> nn.Module:
     torch.manual_seed(0)
     held = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4")
     held.load_state_dict(nn.Linear(128, 64, bias=False).state_dict())
-    net = nn.Sequential(held).to("cpu").requires_grad_(False).eval()
+    net: Any = nn.Sequential(held).to("cpu").requires_grad_(False).eval()
     net.is_loaded_in_4bit = True  # as transformers says it, for PEFT to take its 4-bit layers
     return net
 

@@ -33,7 +33,8 @@ def is_four_bit(tensor: object) -> bool:
 def is_packed(weight: Any) -> bool:
     """Whether a 4-bit weight holds two codes per byte, as its constants have it."""
     held: int = weight.numel() * weight.element_size()
-    return held == (math.prod(weight.quant_state.shape) + 1) // 2
+    packed: int = (math.prod(weight.quant_state.shape) + 1) // 2
+    return held == packed
 
 
 def four_bit_modules(model: torch.nn.Module) -> list[str]:

@@ -265,16 +265,16 @@ _SAMPLED = 8
 def sample_of(cells: Sequence[Cell]) -> list[Cell]:
     """The cells without most of those whose laws look at what PEFT's methods share.
 
-    LoRA itself keeps all of them; a law is left with one in eight of the other methods, another
-    eighth for each law.
+    LoRA itself keeps all of them; of the others' every eighth is left, each method beginning with
+    another law, so that each law is left with an eighth of them and each method with some laws.
     """
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    order = law_ids()
+    turns = {method: turn for turn, method in enumerate(dict.fromkeys(c.method for c in cells))}
 
     def stays(cell: Cell) -> bool:
-        sampled = cell.law in LAWS and LAWS[cell.law].sampled and not cell.is_main
-        turn = methods.index(cell.method) + order.index(cell.law)
-        return not sampled or turn % _SAMPLED == 0
+        if cell.is_main or cell.law not in LAWS or not LAWS[cell.law].sampled:
+            return True
+        turns[cell.method] += 1
+        return turns[cell.method] % _SAMPLED == 0
 
     return [cell for cell in cells if stays(cell)]
 

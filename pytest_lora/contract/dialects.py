@@ -20,11 +20,11 @@ from pytest_lora.contract.trial import Trial
 from pytest_lora.errors import NotApplicable, UsageError
 from pytest_lora.loading import one_line
 
-__all__ = ["FIRST", "Case", "Dialect", "OwnClass", "Peft", "load_implementation"]
+__all__ = ["FIRST", "SECOND", "Case", "Dialect", "OwnClass", "Peft", "load_implementation"]
 
-FIRST = "one"
-"""Name of the first adapter.  The others' begin with it on purpose: matching names by substring is
-a fault that PEFT has had more than once."""
+FIRST, SECOND = "one", "one2"
+"""Names of the first and second adapter.  The second's begins with the first's on purpose: matching
+names by substring is a fault that PEFT has had more than once."""
 
 OPERATIONS = (
     "attach",

@@ -397,7 +397,6 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "patterns_apply",
         "patterns_that_match_nothing",
         "targets_that_match_nothing",
-        "deleted",
         "hot_swap",
         "learning_rates",
         "mixed_generation",
@@ -1092,5 +1091,5 @@ def test_a_sample_keeps_lora_and_an_eighth_of_the_methods_for_laws_they_share() 
     shared = {tried.law for tried in left}
     for law in shared - {"own_modules_saved"}:
         methods = [tried.method for tried in cells if tried.law == law]
-        assert 4 <= sum((method, law) in kept for method in methods) <= len(methods) // 8 + 2
+        assert 4 <= sum((method, law) in kept for method in methods) <= len(methods) // 8 + 4
     assert {tried.method for tried in cells} == {method for method, law in kept if law in shared}

@@ -371,13 +371,13 @@ def test_modules_that_stay_when_their_adapter_is_deleted_are_caught(
 ) -> None:
     from peft.tuners import tuners_utils
 
-    hold("deleted_is_gone", network="two heads")
+    hold("deleted", network="two heads")
     monkeypatch.setattr(tuners_utils, "_delete_auxiliary_adapter", lambda *args, **kwargs: None)
     monkeypatch.setattr(
         tuners_utils.BaseTuner, "_delete_auxiliary_adapter", lambda *args, **kwargs: None,
         raising=False,
     )  # fmt: skip
-    found = break_it("deleted_is_gone", network="two heads")
+    found = break_it("deleted", network="two heads")
     assert "head.modules_to_save.one2.bias is still there" in found
 
 
@@ -391,7 +391,7 @@ def after_deletion(also: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch)
         also(self)
 
     monkeypatch.setattr(peft.PeftModel, "delete_adapter", delete)
-    return break_it("deleted_is_gone")
+    return break_it("deleted")
 
 
 def test_a_deletion_that_reaches_the_first_adapter_is_caught(
@@ -459,7 +459,7 @@ def test_a_method_that_does_not_run_in_half_precision_is_caught(
     assert "to have the same dtype" in found
 
 
-@pytest.mark.parametrize("law", ["alpha_applies", "any_name", "deleted_is_gone", "dtypes_kept"])
+@pytest.mark.parametrize("law", ["alpha_applies", "any_name", "deleted", "dtypes_kept"])
 def test_the_cells_of_another_method_keep_the_laws(law: str) -> None:
     [loha] = [item for item in discover() if item.name == "LOHA"]
     verdict = try_cell(Cell(Peft(loha), law), examples=3, shrink=False)

@@ -175,16 +175,16 @@ def test_fresh_processes_get_it_and_do_not_fork(monkeypatch: pytest.MonkeyPatch)
 @since("has faults that the contract finds", peft=(0, 21))
 def test_what_was_saved_is_loaded_where_the_network_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on a GPU that happens to be there, whose rounding is another one."""
-    from pytest_lora.contract import laws
+    from pytest_lora.contract.laws import saving
 
     asked: list[object] = []
-    load = laws.load_base
+    load = saving.load_base
 
     def noted(*given: object, device: object = "auto", **more: object) -> object:
         asked.append(device)
         return load(*given, device=device, **more)
 
-    monkeypatch.setattr(laws, "load_base", noted)
+    monkeypatch.setattr(saving, "load_base", noted)
     for law in ("save_reload", "merged_reload"):
         assert try_cell(Cell(Peft(LORA), law), examples=1).result is Result.PASS
     assert set(asked) == {"cpu"}

@@ -1,0 +1,197 @@
+"""Laws about what is left alone: weights of the base, parameters and their flags, the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest_lora as lora
+from pytest_lora.checks.bits import how_different, same_bits
+from pytest_lora.contract.dialects import FIRST, SECOND, OwnClass, Peft
+from pytest_lora.contract.experiment import Experiment
+from pytest_lora.contract.law import LawTable
+from pytest_lora.contract.laws.steps import COME_AND_GO, require_peft, require_untouched_base
+from pytest_lora.contract.trial import Refused
+from pytest_lora.errors import NotApplicable
+from pytest_lora.numerics.fingerprint import fingerprint
+
+__all__ = ["LAWS"]
+
+_TRAINABLE = "print([name for name, p in model.named_parameters() if p.requires_grad])"
+Before = Mapping[str, tuple[Any, Any, bool]]
+"""Parameters by name: the object, a copy of its numbers, its flag."""
+_law = LawTable()
+LAWS = _law.laws
+
+
+@_law("linear", "saved", "llama", "attention")
+def frozen_weights(it: Experiment) -> None:
+    """No parameter or buffer of the base changes, whatever is done with the adapter."""
+    require_untouched_base(it)
+    it.attach()
+    if it.is_peft:
+        it.check(lora.assert_frozen_weights, *COME_AND_GO)
+        return
+    before = {name: fingerprint(tensor.detach()) for name, tensor in it.own.items()}
+    it.trial.run(
+        """
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+        model.eval()
+        """
+    )
+    for name, tensor in it.own.items():
+        if fingerprint(tensor.detach()) != before[name] and not _is_statistic(name):
+            raise it.trial.broken(
+                f"a training step changes {name} of the base",
+                _TRAINABLE,
+            )
+
+
+def _is_statistic(name: str) -> bool:
+    """Running statistics of a batch norm are the training loop's business."""
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+@_law("linear", "conv1d", "embedding", "convolution", sampled=True)
+def parameters_kept(it: Experiment) -> None:
+    """Merging, unmerging and switching leave each parameter the object, bits and flag it was.
+
+    An optimizer holds the objects, a training loop relies on the flags.  LoRA is tried in half
+    precision, factors included: a merge may have to compute in another format there.
+    """
+    it.attach()
+    if isinstance(it.dialect, Peft) and it.dialect.method.is_lora:
+        it.trial.run("model.bfloat16()\nx = x.bfloat16() if x.is_floating_point() else x")
+    it.trial.run("before = {name: (p, p.detach().clone(), p.requires_grad)"
+                 " for name, p in model.named_parameters()}")  # fmt: skip
+    own = {id(tensor) for tensor in it.own.values()}
+    before: Before = it.trial.names["before"]
+    adapter = {name for name, (parameter, *_) in before.items() if id(parameter) not in own}
+    for operation in ("merge", "unmerge", "disable", "enable"):
+        if _done(it, operation):
+            _same_parameters(it, before, adapter, operation)
+
+
+def _done(it: Experiment, operation: str) -> bool:
+    try:
+        it.say(operation)
+    except NotApplicable:
+        return False
+    it.output()
+    return True
+
+
+def _same_parameters(it: Experiment, before: Before, adapter: set[str], when: str) -> None:
+    now: dict[str, Any] = dict(it.model.named_parameters())
+    there = {id(parameter) for parameter in now.values()}
+    where = f"after {when}"
+    for name in sorted(before):
+        kept, bits, flag = before[name]
+        # Some methods merge by changing places, so that names change places as well.
+        if id(kept) not in there or (when != "merge" and now.get(name) is not kept):
+            raise it.trial.broken(
+                f"{where}: {name} is another object: an optimizer that holds the old one goes on"
+                " with numbers that nobody uses",
+                f"assert dict(model.named_parameters()).get({name!r}) is before[{name!r}][0]",
+            )
+        if name in adapter and not same_bits(kept.detach(), bits):
+            raise it.trial.broken(
+                f"{where}: {name} of the adapter: {how_different(kept.detach(), bits)}",
+                f"p, bits, _ = before[{name!r}]",
+                "assert torch.equal(p, bits)",
+            )
+        if when == "enable" and kept.requires_grad is not flag:
+            raise it.trial.broken(
+                f"{where}: {name} {'is frozen' if flag else 'trains'}, which it did not before",
+                f"assert before[{name!r}][0].requires_grad is {flag}",
+            )
+
+
+@_law("linear", "saved", "llama")
+def requires_grad(it: Experiment) -> None:
+    """What trains is the active adapter, all of it and nothing else, after every call."""
+    it.trial.run("own = dict(net.named_parameters())")
+    it.attach()
+    if it.is_peft:
+        it.check(lora.assert_requires_grad, _TRAINABLE)
+        return
+    if isinstance(it.dialect, OwnClass):
+        _own_training(it, it.dialect)
+
+
+def _own_training(it: Experiment, dialect: OwnClass) -> None:
+    """For a class, after each call it offers; of an adapter that is at rest nothing is asked."""
+    _trains(it, dialect, FIRST, "attached")
+    alone = [(("merge",), ""), (("unmerge",), FIRST), (("disable",), ""), (("enable",), FIRST),
+             (("scale", FIRST, 3.0), FIRST)]  # fmt: skip
+    several = [(("add", SECOND, it.case.other()), ""), (("activate", SECOND), SECOND),
+               (("activate", FIRST), FIRST), (("delete", SECOND), FIRST)]  # fmt: skip
+    calls: list[tuple[tuple[Any, ...], str]] = [*alone]
+    calls += several if dialect.offers("add") else []
+    for (operation, *given), active in calls:
+        if dialect.offers(operation):
+            it.say(operation, *given)
+            _trains(it, dialect, active, f"after {operation}")
+
+
+def _trains(it: Experiment, dialect: OwnClass, active: str, when: str) -> None:
+    """Nothing of the base trains, and every factor of the adapter ``active``, if one is named."""
+    loose = [name for name, tensor in it.own.items() if tensor.requires_grad]
+    if loose:
+        raise it.trial.broken(
+            f"{when}: {loose[0]} of the base trains",
+            f"assert not own[{loose[0]!r}].requires_grad",
+        )
+    pairs = dialect.live(active) if active else ""
+    if pairs and not all(f.requires_grad for pair in it.trial.value(pairs).values() for f in pair):
+        raise it.trial.broken(
+            f"{when}: a factor of the adapter {active!r} does not train",
+            f"assert all(f.requires_grad for pair in {pairs}.values() for f in pair)",
+        )
+
+
+@_law("linear", "saved", "llama", sampled=True)
+def unloaded(it: Experiment) -> None:
+    """Unloaded, the model is the base again: its output, its modules, its attributes."""
+    require_untouched_base(it)
+    require_peft(it, "only PEFT has unload")
+    it.trial.run(_PARTS)
+    it.trial.run("before = parts(net)")
+    it.attach()
+    if it.case.net.saved:
+        # A trained copy that is in use stays in use; an adapter without one leaves the original.
+        it.add(SECOND, replace(it.case.other(), options={"modules_to_save": "None"}))
+    try:
+        it.trial.run("freed = model.unload()")
+    except Refused as refusal:
+        raise it.outcome(refusal, always=it.has_to_run) from None
+    found = it.output(it.case.net.call.replace("model(", "freed("))
+    difference = how_different(found, it.base)
+    if difference:
+        raise it.trial.broken(
+            f"what was unloaded is not the base: {difference}",
+            "assert torch.equal(y, base), (y - base).abs().max()",
+        )
+    _same_parts(it)
+
+
+def _same_parts(it: Experiment) -> None:
+    before, after = it.trial.names["before"], it.trial.value("parts(freed)")
+    for pairs, what in ((after - before, "is left in"), (before - after, "is missing in")):
+        if pairs:
+            where, part = min(pairs)
+            raise it.trial.broken(
+                f"{part!r} {what} {where or 'the model'} after unload",
+                "assert parts(freed) == before, parts(freed) ^ before",
+            )
+
+
+_PARTS = """
+def parts(net):
+    kinds = ("_parameters", "_buffers", "_modules")
+    return {(name, part) for name, module in net.named_modules()
+            for part in (*vars(module), *(p for kind in kinds for p in getattr(module, kind)))}
+"""

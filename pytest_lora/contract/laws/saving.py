@@ -1,0 +1,225 @@
+"""Laws about what is saved: loaded again, in another process or model, it is the same."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest_lora as lora
+from pytest_lora import fresh
+from pytest_lora.adapter import read_adapter
+from pytest_lora.checks.bits import how_different, same_bits
+from pytest_lora.contract.dialects import FIRST, SECOND, OwnClass, Peft
+from pytest_lora.contract.experiment import Experiment
+from pytest_lora.contract.law import LawTable
+from pytest_lora.contract.laws.steps import (
+    HASH_SEEDS,
+    renew,
+    require_peft,
+    require_untouched_base,
+    state_of,
+)
+from pytest_lora.contract.trial import Refused
+from pytest_lora.errors import NotApplicable
+from pytest_lora.loading import quiet
+from pytest_lora.subject import Subject, load_base
+
+__all__ = ["LAWS"]
+
+_law = LawTable()
+LAWS = _law.laws
+
+
+@_law("llama", "experts llama", otherwise="many")
+def save_reload(it: Experiment) -> None:
+    """Saved, and loaded by a process that has never seen it, it computes the same, bit for bit."""
+    require_untouched_base(it)
+    it.attach()
+    if isinstance(it.dialect, OwnClass):
+        _own_reload(it, it.dialect)
+        return
+    output = it.output()
+    with fresh.scratch("contract") as folder, quiet():
+        subject = _saved(it, folder)
+        seed = it.case.seed % HASH_SEEDS
+        shown = (f"model.save_pretrained('saved')  # and load it with PYTHONHASHSEED={seed}",)
+        difference = how_different(subject.output(), output)
+        if difference:
+            raise it.trial.broken(f"loaded in the same process: {difference}", *shown)
+        it.judge(subject, lambda s: lora.assert_save_reload(s, hash_seeds=(seed,)), *shown)
+
+
+def _own_reload(it: Experiment, dialect: OwnClass) -> None:
+    """Loaded onto the bare network, which follows from its seed: here, then in fresh processes."""
+    bare = Experiment(it.trial.law, dialect, it.case).trial
+    it.trial.run("saved = run()")
+    saved = it.trial.names["saved"]
+    with _folders(it) as [folder]:
+        it.must(dialect.save("folders[0].name"))
+        _load_own(it, dialect, "folders[0].name")
+        it.expect_bits(saved, "saved", "loaded onto the bare network")
+        code = f"{bare.script}\n{dialect.load(repr(folder))}\ny = run()"
+        for seed in range(HASH_SEEDS):
+            where = f"loaded in a fresh process with PYTHONHASHSEED={seed}"
+            try:
+                found = it.in_fresh_process(code, "{'y': y}", hash_seed=seed)["y"]
+            except fresh.Refused as refusal:
+                raise it.trial.broken(f"{where}: {refusal}", f"# {where}") from None
+            difference = how_different(found, saved)
+            if difference:
+                raise it.trial.broken(f"{where}: {difference}", f"# {where}")
+
+
+def _saved(it: Experiment, folder: Path) -> Subject:
+    """What was saved, loaded again."""
+    _save(it, folder)
+    adapter = read_adapter(folder / "adapter" / FIRST)
+    base = load_base(folder / "base", adapter=adapter, device=it.dialect.device)
+    return Subject(adapter, base, {"input_ids": it.x})
+
+
+def _save(it: Experiment, folder: Path) -> None:
+    """The bare network under ``base``, built again from its seed, and the adapter."""
+    bare = Experiment(it.trial.law, it.dialect, it.case)
+    bare.trial.names["net"].save_pretrained(folder / "base")
+    it.model.save_pretrained(folder / "adapter")
+
+
+@_law("tied llama")
+def merged_reload(it: Experiment) -> None:
+    """Merged, saved as a model of its own and loaded again, it computes the same."""
+    it.attach()
+    with fresh.scratch("contract") as folder, quiet():
+        subject = _saved(it, folder)
+        it.judge(subject, lora.assert_merged_reload, "merged = model.merge_and_unload()",
+                 "merged.save_pretrained('merged')  # and load it")  # fmt: skip
+
+
+@_law(sampled=True)
+def saved_alone(it: Experiment) -> None:
+    """What is saved of an adapter is the same whether or not there is another one."""
+    it.attach()
+    if isinstance(it.dialect, OwnClass):
+        _own_saved_alone(it, it.dialect)
+        return
+    read = f"peft.get_peft_model_state_dict(model, adapter_name={FIRST!r})"
+    it.trial.run(f"before = {{key: value.clone() for key, value in {read}.items()}}")
+    if not it.trial.names["before"]:
+        raise it.trial.broken("nothing is saved of it", "assert before")
+    settings = f"model.peft_config[{FIRST!r}].to_dict()"
+    it.trial.run(f"settings = {settings}")
+    it.add(SECOND, it.case.other())
+    _may_combine(it)
+    it.trial.run(f"after = {read}")
+    _same_settings(it, settings)
+    before, after = it.trial.names["before"], it.trial.names["after"]
+    foreign, lost = sorted(set(after) - set(before)), sorted(set(before) - set(after))
+    changed = [key for key in before if key in after and not same_bits(before[key], after[key])]
+    for keys, what in (
+        (foreign, "is saved with it"),
+        (lost, "is not saved any more"),
+        (changed, "is saved with other values"),
+    ):
+        if keys:
+            raise it.trial.broken(
+                f"with another adapter there, {keys[0]} {what}",
+                "assert sorted(before) == sorted(after), set(before) ^ set(after)",
+                "assert all(torch.equal(before[key], after[key]) for key in before)",
+            )
+
+
+def _may_combine(it: Experiment) -> None:
+    """A third adapter made of the first; whether that can be done is ``combination``'s to say."""
+    if hasattr(getattr(it.model, "base_model", None), "add_weighted_adapter"):
+        try:
+            it.trial.run(f"model.add_weighted_adapter([{FIRST!r}], [0.5], 'sum0')")
+        except Refused:
+            it.trial.drop_refused()
+
+
+def _same_settings(it: Experiment, settings: str) -> None:
+    """The configuration is saved with the weights, and a scaling may stand in it."""
+    before, after = it.trial.names["settings"], it.trial.value(settings)
+    changed = sorted(key for key in before if before[key] != after.get(key))
+    if changed:
+        raise it.trial.broken(
+            f"with another adapter there, its {changed[0]} is saved as {after.get(changed[0])!r}, "
+            f"not {before[changed[0]]!r}",
+            f"assert settings == {settings}, {settings}",
+        )
+
+
+def _own_saved_alone(it: Experiment, dialect: OwnClass) -> None:
+    """For a class: loaded again it computes the same, bit for bit; its files are its own affair."""
+    dialect.require("save", "load")
+    with _folders(it, 2):
+        it.must(dialect.save("folders[0].name"))
+        it.add(SECOND, it.case.other())
+        it.say("activate", FIRST)
+        it.must(dialect.save("folders[1].name"))
+        _load_own(it, dialect, "folders[0].name")
+        it.trial.run("alone = run()")
+        _load_own(it, dialect, "folders[1].name")
+        it.expect_bits(it.trial.names["alone"], "alone", "saved with another adapter there")
+
+
+def _load_own(it: Experiment, dialect: OwnClass, place: str) -> None:
+    dialect.build(it.trial, it.case)
+    it.must(dialect.load(place))
+
+
+@contextlib.contextmanager
+def _folders(it: Experiment, count: int = 1) -> Iterator[list[str]]:
+    """``folders`` of the script, empty ones, removed in the end; their paths."""
+    made = f"folders = [tempfile.TemporaryDirectory() for _ in range({count})]"
+    it.trial.run(f"import tempfile\n{made}")
+    folders = it.trial.names["folders"]
+    try:
+        yield [folder.name for folder in folders]
+    finally:
+        for folder in folders:
+            folder.cleanup()
+
+
+@_law("linear", "odd names", "conv1d", "embedding", "convolution", "grouped", "experts",
+      "experts llama", sampled=True)  # fmt: skip
+def state_round_trip(it: Experiment) -> None:
+    """The state read out of a model, read into another one, gives the same output, bit for bit.
+
+    In half of the examples the adapter has a setting that is not the usual one.
+    """
+    require_untouched_base(it)
+    dialect = require_peft(it, "its files are its own affair")
+    it.attach()
+    switches = dialect.method.switches()
+    draw = random.Random(it.case.seed)
+    if switches and draw.randrange(2):
+        key, code = draw.choice(switches)
+        it.case = replace(it.case, options={**it.case.options, key: code})
+        _attach_anew(it, dialect)
+    it.trial.run(f"{dialect.seeded(0)}\nsaved = run()")
+    it.trial.run(f"state = {state_of(FIRST)}")
+    renew(it, dialect, it.case, FIRST)
+    it.trial.run(f"told = peft.set_peft_model_state_dict(model, state, adapter_name={FIRST!r})")
+    unexpected = it.trial.value("getattr(told, 'unexpected_keys', [])")
+    if unexpected:
+        raise it.trial.broken(
+            f"{unexpected[0]} and {len(unexpected) - 1} more that were saved belong nowhere",
+            "assert not told.unexpected_keys, told.unexpected_keys",
+        )
+    it.trial.run(dialect.seeded(0))
+    it.expect_bits(it.trial.names["saved"], "saved", "read into another model")
+
+
+def _attach_anew(it: Experiment, dialect: Peft) -> None:
+    """With other settings; what keeps them from working is none of this law's business."""
+    try:
+        dialect.build(it.trial, it.case)
+        dialect.attach(it.trial, it.case)
+        it.trial.value("run()")
+    except Exception as error:
+        raise NotApplicable(f"not with these settings: {error}") from None
+    dialect.fill(it.trial, FIRST, it.case.seed + 7)
