@@ -12,6 +12,7 @@ that the parent left in its own is refused at the start, so that a wrong path re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -93,6 +94,11 @@ def _import_libraries() -> dict[str, str]:
 
     # Reached lazily otherwise, once per job.
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    with contextlib.suppress(Exception):  # a thousand regular expressions; older releases have none
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
 
     import pytest_lora
     import pytest_lora._fresh_job

@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ __all__ = [
     "get_ready",
     "require_space",
     "run_fresh",
+    "run_side_by_side",
     "scratch",
     "shutdown",
 ]
@@ -114,13 +116,40 @@ def run_fresh(
             ends with what it wrote to stderr.
         NotApplicable: the process found that the job has no meaning for this adapter.
     """
-    started = time.monotonic()
     job = dataclasses.replace(job, numeric=numeric_state())
+    return _run(job, inputs, hash_seed, timeout)
+
+
+def run_side_by_side(job: Job | Script, hash_seeds: Sequence[int]) -> list[FreshResult]:
+    """Do ``job``, which takes no inputs and little memory, once for each hash seed, all at a time.
+
+    Args:
+        job: as for :func:`run_fresh`.
+        hash_seeds: no two alike, for a process does one job at a time.
+
+    Raises:
+        CannotRun: as :func:`run_fresh`; of several the first one's.
+    """
+    job = dataclasses.replace(job, numeric=numeric_state())  # of this thread
+    if _forks(job):
+        get_ready(hash_seeds)
+    with ThreadPoolExecutor(len(hash_seeds)) as pool:
+        return list(pool.map(lambda seed: _run(job, None, seed, TIMEOUT), hash_seeds))
+
+
+def _forks(job: Job | Script) -> bool:
+    """Whether a server may fork for it."""
+    device = job.device if isinstance(job, Script) else job.spec.device.type
+    return sys.platform == "linux" and device == "cpu"
+
+
+def _run(
+    job: Job | Script, inputs: Mapping[str, torch.Tensor] | None, hash_seed: int, timeout: float
+) -> FreshResult:
+    started = time.monotonic()
     with scratch("job") as directory:
         _write_job(directory, job, inputs or {})
-        device = job.device if isinstance(job, Script) else job.spec.device.type
-        forks = sys.platform == "linux" and device == "cpu"
-        run = _on_server if forks else _on_its_own
+        run = _on_server if _forks(job) else _on_its_own
         said = run(directory, hash_seed, started + timeout, timeout)
         return _read_result(directory, said, time.monotonic() - started)
 

@@ -14,7 +14,7 @@ from pytest_lora.contract.dialects import FIRST, Case, Dialect, Peft
 from pytest_lora.contract.reference import Reference, Term
 from pytest_lora.contract.trial import ContractBroken, Refused, Trial
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
-from pytest_lora.fresh import Script, run_fresh
+from pytest_lora.fresh import Script, run_side_by_side
 from pytest_lora.records import Problem
 
 if TYPE_CHECKING:
@@ -183,17 +183,17 @@ class Experiment:
         except Refused as refusal:
             raise self.outcome(refusal, always=self._only_words(refusal)) from None
 
-    def in_fresh_process(
-        self, code: str, gives: str, *, hash_seed: int
-    ) -> Mapping[str, torch.Tensor]:
-        """The tensors that ``gives`` is after ``code``, in a process that has done nothing else.
+    def in_fresh_processes(
+        self, code: str, gives: str, *, hash_seeds: Sequence[int]
+    ) -> list[Mapping[str, torch.Tensor]]:
+        """The tensors that ``gives`` is after ``code``, in processes that have done nothing else.
 
         Raises:
             NotApplicable: it cannot import the implementation.
             fresh.Refused: the code raised.
         """
         script = Script(code, gives, self.dialect.paths(), self.dialect.device)
-        return run_fresh(script, hash_seed=hash_seed).outputs
+        return [result.outputs for result in run_side_by_side(script, hash_seeds)]
 
     def output(self, code: str = "") -> torch.Tensor:
         """Run the model; that it raises breaks the law, unless PEFT refuses by design."""

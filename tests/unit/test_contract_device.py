@@ -6,7 +6,7 @@ refuses what is elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -152,16 +152,16 @@ def test_a_device_that_is_none_or_not_there_is_one_line() -> None:
 def test_fresh_processes_get_it_and_do_not_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Script] = []
 
-    def answer(script: Script, *, hash_seed: int) -> fresh.FreshResult:
+    def answer(script: Script, hash_seeds: Sequence[int]) -> list[fresh.FreshResult]:
         asked.append(script)
-        return fresh.FreshResult({}, {}, 1, hash_seed, 0.0)
+        return [fresh.FreshResult({}, {}, 1, seed, 0.0) for seed in hash_seeds]
 
-    monkeypatch.setattr(experiment, "run_fresh", answer)
+    monkeypatch.setattr(experiment, "run_side_by_side", answer)
     for device in ("cpu", "cuda:0"):
         dialect = on("cpu", Peft(LORA))
         it = experiment.Experiment("seeded_initialisation", dialect, Case())
         dialect.device = device
-        it.in_fresh_process("pass", "{}", hash_seed=0)
+        it.in_fresh_processes("pass", "{}", hash_seeds=(0,))
     assert [script.device for script in asked] == ["cpu", "cuda:0"]
 
     def own(directory: Path, *_: object) -> str:

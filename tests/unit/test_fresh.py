@@ -29,7 +29,16 @@ from torch import nn
 
 from pytest_lora import _fresh_job, fresh
 from pytest_lora.errors import CannotRun, NotApplicable
-from pytest_lora.fresh import Job, Refused, Script, require_space, run_fresh, scratch, shutdown
+from pytest_lora.fresh import (
+    Job,
+    Refused,
+    Script,
+    require_space,
+    run_fresh,
+    run_side_by_side,
+    scratch,
+    shutdown,
+)
 from pytest_lora.loading import BaseSpec
 from pytest_lora.locate import AdapterLocation
 from pytest_lora.numerics.precision import switches
@@ -233,6 +242,25 @@ def test_a_killed_job_is_told_and_the_server_survives(
         run_fresh(stuck, subject.inputs, timeout=30)
     assert server() is survivor
     assert run_fresh(Job(spec), subject.inputs).outputs
+
+
+def test_one_script_runs_side_by_side_under_several_hash_seeds() -> None:
+    """In the order asked for, each told apart by what Python hashes, with this thread's numbers."""
+    code = "import torch\nfound = {'y': torch.tensor([hash('lora'), torch.get_num_threads()])}"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        results = run_side_by_side(Script(code, "found"), (2, 0))
+        results += run_side_by_side(Script(code, "found"), (2,))
+    finally:
+        torch.set_num_threads(threads)
+    assert [result.hash_seed for result in results] == [2, 0, 2]
+    first, other, again = (result.outputs["y"].tolist() for result in results)
+    assert first == again
+    assert first[0] != other[0]
+    assert {first[1], other[1]} == {3}
+    with pytest.raises(Refused, match="ZeroDivisionError"):
+        run_side_by_side(Script("1 / 0", "{}"), (0, 1))
 
 
 @FORKS

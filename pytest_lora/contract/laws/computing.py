@@ -44,11 +44,10 @@ def seeded_initialisation(it: Experiment) -> None:
     everything = "{**dict(model.named_parameters()), **dict(model.named_buffers())}"
     shown = (f"for name, t in {everything}.items(): print(name, t.double().sum().item())",)
     other = 1 + it.case.seed % (HASH_SEEDS - 1)
-    first = it.in_fresh_process(it.trial.script, everything, hash_seed=0)
-    found = it.in_fresh_process(it.trial.script, everything, hash_seed=other)
+    first, found = it.in_fresh_processes(it.trial.script, everything, hash_seeds=(0, other))
     where = _other_tensor(found, first)
     if where:
-        again = it.in_fresh_process(it.trial.script, everything, hash_seed=0)
+        [again] = it.in_fresh_processes(it.trial.script, everything, hash_seeds=(0,))
         seeds = "0 each time" if _other_tensor(again, first) else f"0 and {other}"
         raise it.trial.broken(f"in two processes with PYTHONHASHSEED={seeds}: {where}", *shown)
 
