@@ -21,7 +21,7 @@ from pytest_lora.contract.dialects import Case, Dialect, OwnClass, Peft, load_im
 from pytest_lora.contract.experiment import Experiment
 from pytest_lora.contract.known import Known, known_deviations
 from pytest_lora.contract.laws import LAWS
-from pytest_lora.contract.machine import LAW, machine_for
+from pytest_lora.contract.machine import LAW, SAYS, machine_for
 from pytest_lora.contract.methods import discover
 from pytest_lora.contract.networks import NETWORKS, ONLY_LORA
 from pytest_lora.contract.trial import ContractBroken
@@ -37,6 +37,7 @@ __all__ = [
     "assert_contract",
     "contract_cells",
     "law_ids",
+    "law_texts",
     "sample_of",
     "try_cell",
 ]
@@ -227,7 +228,12 @@ class Cell:
 
 def law_ids() -> list[str]:
     """All laws, in order."""
-    return [*LAWS, LAW]
+    return list(law_texts())
+
+
+def law_texts() -> dict[str, str]:
+    """What each law says, by its id, in order."""
+    return {**{law.id: law.says for law in LAWS.values()}, LAW: SAYS}
 
 
 def contract_cells(implementation: str | type | None = None, *, device: str = "cpu") -> list[Cell]:

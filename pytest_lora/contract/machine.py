@@ -33,9 +33,10 @@ from pytest_lora.loading import quiet
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LAW", "machine_for"]
+__all__ = ["LAW", "SAYS", "machine_for"]
 
 LAW = "sequences"
+SAYS = "After any sequence of operations the output is that of the adapters at work."
 NAMES = (FIRST, "one2", "two")
 
 

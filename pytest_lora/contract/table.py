@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from pytest_lora.contract.cells import Result, Verdict, law_ids
+from pytest_lora.contract.cells import Result, Verdict, law_texts
 
 __all__ = ["markdown", "summary", "table_lines"]
 
@@ -19,12 +19,21 @@ _SIGNS = {
 
 def table_lines(verdicts: Sequence[Verdict]) -> list[str]:
     """A letter for each cell: ``.`` pass, ``F`` fail, ``k`` known deviation, ``-`` n/a."""
-    laws = [law for law in law_ids() if any(v.law == law for v in verdicts)]
+    laws = _laws(verdicts)
+    return [*(f"{number:>2} {law}" for number, law in enumerate(laws, 1)), "", *_rows(verdicts)]
+
+
+def _laws(verdicts: Sequence[Verdict]) -> list[str]:
+    """Those that were tried, in order."""
+    return [law for law in law_texts() if any(v.law == law for v in verdicts)]
+
+
+def _rows(verdicts: Sequence[Verdict]) -> list[str]:
+    laws = _laws(verdicts)
     cells = {(v.method, v.law): _SIGNS[v.result] for v in verdicts}
     methods = list(dict.fromkeys(v.method for v in verdicts))
     width = max(len(method) for method in methods)
-    lines = [f"{number:>2} {law}" for number, law in enumerate(laws, 1)]
-    lines += ["", " " * width + "".join(f"{number:>3}" for number in range(1, len(laws) + 1))]
+    lines = [" " * width + "".join(f"{number:>3}" for number in range(1, len(laws) + 1))]
     for method in methods:
         row = "".join(f"{cells.get((method, law), ' '):>3}" for law in laws)
         lines.append(f"{method:<{width}}{row}")
@@ -73,8 +82,11 @@ def _few(places: Sequence[str]) -> str:
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    """The same for a page: the table as text, then the known deviations and what does not apply."""
-    lines = ["```text", *table_lines(verdicts), "```", "", "Known deviations (k):", ""]
+    """For a page: the laws, the table, known deviations, and what does not apply."""
+    lines = ["| | law | says |", "| --: | --- | --- |"]
+    texts = law_texts()
+    lines += [f"| {n} | `{law}` | {texts[law]} |" for n, law in enumerate(_laws(verdicts), 1)]
+    lines += ["", "```text", *_rows(verdicts), "```", "", "Known deviations (k):", ""]
     known: dict[str, list[str]] = {}
     reasons: dict[str, list[str]] = {}
     for verdict in verdicts:

@@ -1063,6 +1063,7 @@ def test_the_table_has_a_sign_for_every_cell() -> None:
     assert "1 pass (.), 1 fail (F), 1 n/a (-), 1 known (k)" in told
     assert "known: isolation[IA3]: so it is" in told
     page = markdown(VERDICTS)
+    assert "| 1 | `forward` | The output is W x + b + alpha/r B A x, in eval mode" in page
     assert "- `isolation[IA3]`: so it is" in page
     assert "- `forward[IA3]`: other" in page
 
