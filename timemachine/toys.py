@@ -6,9 +6,7 @@ Each is the report's fault on a tiny model, with a twin that does it right as it
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +17,20 @@ import pytest_lora as lora
 from pytest_lora.loading import quiet
 from pytest_lora.records import Measurement
 from pytest_lora.subject import Subject
-from timemachine.cases import case, llama, lora_config, on_disk, rewrite, saved, trained
+from timemachine.cases import case, llama, lora_config, rewrite, saved, trained
+from timemachine.parts import TOKENS
+from timemachine.parts import adamw as _adamw
+from timemachine.parts import base_at as _base_at
+from timemachine.parts import base_of as _base
+from timemachine.parts import configure as _set
+from timemachine.parts import fresh as _fresh
+from timemachine.parts import logits as _logits
+from timemachine.parts import merged as _merged
+from timemachine.parts import stepper as _step
+from timemachine.parts import subject_of as _subject
+from timemachine.parts import wrapped as _wrapped
 
 __all__ = ["TOKENS"]
-
-TOKENS = torch.arange(3, 27).view(2, 12)
-
-
-def _subject(place: Path, *targets: str, **options: Any) -> Subject:
-    config = lora_config(*(targets or ("q_proj",)), task_type="CAUSAL_LM", **options)
-    subject = on_disk(llama(), config, place)
-    return Subject(subject.adapter, subject.base, {"input_ids": TOKENS})
-
-
-def _logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(input_ids=TOKENS).logits
-    return logits
-
-
-def _base(place: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(place / "base")
-
-
-def _fresh(place: Path, adapter: Path | None = None) -> Any:
-    """The saved base, with the adapter if one is given."""
-    from peft import PeftModel
-
-    with quiet():
-        base = _base(place)
-        return base if adapter is None else PeftModel.from_pretrained(base, adapter)
-
-
-def _set(folder: Path, **settings: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
 
 # ------------------------------------------------------------------------------ adapter folders
 
@@ -108,30 +81,6 @@ def experts_under_other_names(place: Path, sound: bool = False) -> Measurement:
 
 
 # ------------------------------------------------------------------------------ training
-
-
-def _step(optimizer: torch.optim.Optimizer) -> Callable[[Any], torch.Tensor]:
-    """One step on one batch, as everybody writes it."""
-
-    def step(model: Any) -> torch.Tensor:
-        loss: torch.Tensor = model.train()(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step
-
-
-def _adamw(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-
-
-def _wrapped(config: Any, name: str = "default") -> Any:
-    from peft import get_peft_model
-
-    with quiet():
-        return get_peft_model(llama(), config, adapter_name=name)
 
 
 @case(
@@ -231,13 +180,6 @@ def adapter_weights_in_float32(place: Path, sound: bool = False) -> Measurement:
 # ------------------------------------------------------------------------------ exports and servers
 
 
-def _merged(place: Path) -> Path:
-    """The adapter merged by PEFT and saved as a model of its own."""
-    with quiet():
-        _fresh(place, place / "adapter").merge_and_unload().save_pretrained(place / "merged")
-    return place / "merged"
-
-
 @case("trl#386", "serving_parity", "base model's output", control="the merged weights")
 def merged_without_the_delta(place: Path, sound: bool = False) -> Measurement:
     """The merge script takes the adapter off without adding it, and saves the base model."""
@@ -246,13 +188,6 @@ def merged_without_the_delta(place: Path, sound: bool = False) -> Measurement:
         shutil.copy(place / "base" / "model.safetensors", folder)
     served = _logits(_base_at(folder))
     return lora.assert_serving_parity(lambda name: served, subject)
-
-
-def _base_at(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder)
 
 
 @case("hiyouga/LLaMA-Factory#9051", "serving_parity", "layer 1", control="every shard written")

@@ -332,7 +332,7 @@ class _Diagnosis:
             return ""
         for other in others:
             if same(other.output):
-                return f"the output of {other.name}: is a cache or a slot kept by name?"
+                return f"the output of {other.name}: {_HELD if answer.name else _LEFT_ON}"
         if answer.name is None:
             return ""
         clear = wanted.clear(self.allowed)
@@ -361,6 +361,8 @@ _TELLING, _CLEAR = 4.0, 16.0
 """How many times what passes an effect has to be, so that none of it can be told from some of it,
 and so that its parts and places can: scalings to a sixteenth.
 """
+_HELD = "is a cache or a slot kept by name?"
+_LEFT_ON = "it is at work where no adapter is named"
 _TOO_LITTLE = "times what passes, too little to say what this is instead: ask in a wider format"
 _NOT_SEARCHED = "what it is instead was looked for too long: ask with a smaller model"
 
