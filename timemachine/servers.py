@@ -86,7 +86,7 @@ def a_saved_module_of_no_size(place: Path, sound: bool = False) -> Measurement:
 
 @case("verl-project/verl#1821", "adapter_files", "lora_alpha: 0", control="the alpha in training")
 def an_alpha_nobody_knew(place: Path, sound: bool = False) -> Measurement:
-    """The converter does not find alpha in the checkpoint and writes 0: the adapter does nothing."""
+    """The converter does not find alpha and writes 0, with which the adapter does nothing."""
     folder = saved(trained(llama(), lora_config("q_proj")), place)
     if not sound:
         configure(folder, lora_alpha=0)
@@ -229,7 +229,7 @@ def deltas_one_after_the_other(place: Path, sound: bool = False) -> Measurement:
 
 @case("ggml-org/llama.cpp#3364", "export_parity", "rows", control="by the heads there are")
 def permuted_by_the_wrong_heads(place: Path, sound: bool = False) -> Measurement:
-    """With fewer heads for keys than for queries, the converter orders the keys' rows by neither."""
+    """With fewer heads for keys than for queries, the converter orders their rows by neither."""
     subject = subject_of(place, "k_proj", net=llama(num_key_value_heads=2))
 
     def ordered(tensor: torch.Tensor, heads: int) -> torch.Tensor:
@@ -246,7 +246,7 @@ def permuted_by_the_wrong_heads(place: Path, sound: bool = False) -> Measurement
 
 @case("unslothai/unsloth-zoo#779", "export_parity", "base's own weight", control="by the factors")
 def a_layout_guessed_from_sizes(place: Path, sound: bool = False) -> Measurement:
-    """Wider than high is taken for transposed; where the delta then does not fit, it is left out."""
+    """Wider than high is taken for transposed; a delta that then does not fit is left out."""
     subject = subject_of(place, "up_proj", "down_proj")
     shapes = {name: tensor.shape for name, tensor in base_of(place).state_dict().items()}
 
@@ -261,7 +261,7 @@ def a_layout_guessed_from_sizes(place: Path, sound: bool = False) -> Measurement
 
 @case("ml-explore/mlx-lm#1564", "export_parity", "quantised", control="fused and left as numbers")
 def fused_and_quantised_again(place: Path, sound: bool = False) -> Measurement:
-    """Fused weights are rounded to the four bits of the base again, which takes most of the delta."""
+    """Fused weights are rounded to four bits again, which takes most of the delta."""
     subject = subject_of(place, lora_alpha=1)
     weights = _exported(place, lambda name, a, b: b @ a / 4)
     if not sound:

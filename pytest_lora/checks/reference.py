@@ -83,7 +83,7 @@ def _where(at_start: float, drift: float, declared: str, steps: int) -> str | No
     if at_start >= drift and at_start:
         cause = (
             "the policy started from an adapter that is not fresh, and the reference is the model"
-            " with it disabled: load a frozen copy of the adapter"
+            " with it disabled, or with a fresh one in its place: load a frozen copy of the adapter"
             if declared == "start"
             else "it is not the base: an adapter, a saved module or a token row stays active"
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -290,11 +293,13 @@ def measure_seeded_initialisation(
     trainable: Collection[str] = (),
     timeout: float = 600.0,
 ) -> Measurement:
-    """Count adapter tensors that come out otherwise when the model is built again from its seed.
+    """Count adapter tensors that come out otherwise when the model is built again from its seed,
+    and those that are drawn and come out the same from any seed.
 
     ``build(seed)`` runs twice among different random numbers, then once in a fresh process for each
     hash seed, if it can be imported there: Python's hashes of strings differ between processes,
-    and so does everything that follows from them or from the order of a set.
+    and so does everything that follows from them or from the order of a set.  Another seed then
+    has to give another adapter, unless nothing of it is drawn.
 
     Args:
         build: sets the seed and returns the model with its adapter.  To be found in a fresh
@@ -318,6 +323,7 @@ def measure_seeded_initialisation(
     with seeded(_OTHER_SEED):
         again = digests()
     problems = list(_unlike(again, expected, "built twice from one seed", _SEED_TOO_LATE))
+    problems += [] if problems else _unmoved_by_seed(build, seed, expected, adapter, trainable)
     notes = []
     place = _place_of(build)
     if place is None:
@@ -335,6 +341,61 @@ def measure_seeded_initialisation(
     )
 
 
+def _unmoved_by_seed(
+    build: Callable[[int], torch.nn.Module],
+    seed: int,
+    expected: Mapping[str, str],
+    adapter: str | None,
+    trainable: Collection[str],
+) -> list[Problem]:
+    """Tensors that are drawn, and are the same from another seed as well, if all are the same.
+
+    Drawn are those that follow from the state of the generators: with nobody setting a seed, they
+    are others from one state to the next.  What is computed from the base's weights, or drawn by a
+    generator of its own, is the same, and no seed is missing there.
+    """
+    with seeded(_SEED):
+        if _digests(build(seed + 1), adapter, trainable) != expected:
+            return []
+    first, second = (_unseeded(build, seed, state) for state in (_SEED, _OTHER_SEED))
+    if {**first, **expected} != {**second, **expected}:
+        return []  # the base is drawn as well, and what is computed from it follows
+    found, wanted = f"the same bits from the seeds {seed} and {seed + 1}", "other bits"
+    return [
+        Problem(name, found, wanted, _NOT_READ)
+        for name in expected
+        if first.get(name) != second.get(name)
+    ]
+
+
+def _unseeded(build: Callable[[int], torch.nn.Module], seed: int, state: int) -> dict[str, str]:
+    """Fingerprints of all tensors, with the generators in this state and nobody setting a seed."""
+    with seeded(state), _nobody_seeding():
+        return {name: fingerprint(tensor) for name, tensor in named_tensors(build(seed))}
+
+
+@contextlib.contextmanager
+def _nobody_seeding() -> Iterator[None]:
+    """Setting a seed of Python, numpy or torch has no effect."""
+    numpy = sys.modules.get("numpy")
+    setters: list[tuple[Any, str]] = [(random, "seed"), (torch, "manual_seed")]
+    setters += [(torch.random, "manual_seed"), (torch.cuda, "manual_seed"),
+                (torch.cuda, "manual_seed_all")]  # fmt: skip
+    setters += [(numpy.random, "seed")] if numpy else []
+    with contextlib.ExitStack() as stack:
+        for module, name in setters:
+            stack.enter_context(mock.patch.object(module, name, _no_seed))
+        yield
+
+
+def _no_seed(*_: Any, **__: Any) -> torch.Generator:
+    return torch.default_generator  # what torch.manual_seed returns
+
+
+_NOT_READ = (
+    "it is drawn, and not from the seed that was given: something sets a seed of its own before the"
+    " adapter is initialised"
+)
 _SEED_TOO_LATE = (
     "the seed is set after the adapter was initialised, or not at all: set it before get_peft_model"
 )

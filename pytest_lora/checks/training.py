@@ -139,8 +139,9 @@ def _why_unmoved(declared: Declared, watch: GradientWatch, name: str) -> str:
     if seen.zero:
         return "its gradient is zero everywhere: the factor it is multiplied with never moved"
     return (
-        "it has a gradient, so the optimizer does not hold it or its learning rate is zero: build"
-        " the optimizer after the adapter is attached and active"
+        "it has a gradient, so the optimizer does not hold it, its learning rate is zero, or the"
+        " gradient is gone before the step: build the optimizer after the adapter is attached and"
+        " active"
     )
 
 

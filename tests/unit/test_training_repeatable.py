@@ -177,6 +177,63 @@ def test_a_fresh_process_finds_the_same_adapter() -> None:
     assert found.details["hash_seeds"] == [3]
 
 
+def test_a_seed_that_nothing_reads() -> None:
+    net = llama()
+
+    def fixed(seed: int) -> Any:
+        torch.manual_seed(7)
+        return wrap(copy.deepcopy(net), config())
+
+    error = failure(assert_seeded_initialisation, fixed, hash_seeds=())
+    assert "the same bits from the seeds 0 and 1" in str(error)
+    assert "drawn, and not from the seed that was given" in str(error)
+    assert error.result.measurement is not None
+    assert all("lora_A" in problem.where for problem in error.result.measurement.problems)
+
+
+def test_what_is_not_drawn_needs_no_seed() -> None:
+    net = llama()
+
+    def computed(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return wrap(copy.deepcopy(net), config(init_lora_weights="olora"))
+
+    def with_a_generator_of_its_own(seed: int) -> Any:
+        model = wrap(copy.deepcopy(net), config())
+        generator = torch.Generator().manual_seed(3)
+        for name, tensor in model.named_parameters():
+            if "lora_A" in name:
+                tensor.data.normal_(generator=generator)
+        return model
+
+    for build in (computed, with_a_generator_of_its_own):
+        assert_seeded_initialisation(build, hash_seeds=())
+
+
+def test_an_adapter_computed_from_a_base_that_is_drawn_is_not_accused() -> None:
+    def build(seed: int) -> Any:
+        torch.manual_seed(0)
+        net = llama()
+        torch.manual_seed(seed)
+        return wrap(net, config(init_lora_weights="olora"))
+
+    assert_seeded_initialisation(build, hash_seeds=())
+
+
+def test_setting_a_seed_works_again_afterwards() -> None:
+    from pytest_lora.checks.repeatable import _nobody_seeding
+
+    with _nobody_seeding():
+        assert torch.manual_seed(1) is torch.default_generator
+        first = torch.rand(1)
+        torch.manual_seed(1)
+        assert not torch.equal(torch.rand(1), first)
+    torch.manual_seed(1)
+    first = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), first)
+
+
 def test_what_another_process_cannot_import_is_said() -> None:
     def inside(seed: int) -> Any:
         return built_from_seed(seed)
