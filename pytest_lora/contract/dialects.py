@@ -346,13 +346,15 @@ class OwnClass(Dialect):
         trial.run(f"model = lora.attach(net, {arguments}).eval()")
 
     def fill(self, trial: Trial, name: str, seed: int) -> None:
-        """Add noise to everything that trains, or write the factors."""
+        """Write the factors, in training mode as training does: a class may merge in eval mode."""
         trial.run(
             f"""
+            model.train()
             generator = torch.Generator().manual_seed({seed})
             for A, B in {self.live(name)}.values():
                 A.data.copy_(0.3 * torch.randn(A.shape, generator=generator))
                 B.data.copy_(0.3 * torch.randn(B.shape, generator=generator))
+            model.eval()
             """
         )
 

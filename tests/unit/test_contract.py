@@ -188,6 +188,53 @@ def test_a_merge_that_leaves_the_weights_alone_is_caught(how: str, module: Any) 
     assert "merged, then other factors" in verdict.reason
 
 
+MERGES_BY_MODE = """\
+    def train(self, mode=True):
+        super().train(mode)
+        self.unmerge() if mode else self.merge()
+        return self
+
+    @torch.no_grad()
+    def merge(self):"""
+"""What loralib's layers do: merged in eval mode, and apart in training."""
+
+
+def by_mode(module: Any, *changes: tuple[str, str]) -> str:
+    whole = MERGES_BY_MODE
+    for old, new in changes:
+        assert old in whole
+        whole = whole.replace(old, new)
+    made: str = module(("    @torch.no_grad()\n    def merge(self):", whole))
+    return made
+
+
+def test_a_layer_that_merges_in_eval_mode_keeps_the_contract(module: Any) -> None:
+    verdicts = assert_contract(by_mode(module), examples=3)
+    results = {verdict.law: verdict.result for verdict in verdicts}
+    assert set(results.values()) == {Result.PASS, Result.NOT_APPLICABLE}
+    for law in ("forward", "frozen_weights", "padding_and_batch", "train_and_eval", "sequences"):
+        assert results[law] is Result.PASS
+
+
+def test_a_merge_that_training_does_not_take_back_is_caught(module: Any) -> None:
+    """Every evaluation would leave the adapter in the base once more."""
+    place = by_mode(module, ("self.unmerge() if mode", "setattr(self, 'merged', False) if mode"))
+    assert_contract(place, laws=["forward", "gradients", "merge_equivalence"], examples=3)
+    with pytest.raises(ContractBroken, match="after 3 turns of training and evaluation") as caught:
+        assert_contract(place, laws=["train_and_eval"], examples=15)
+    with pytest.raises(AssertionError):
+        exec(compile(caught.value.script, "shown", "exec"), {"__name__": "shown"})
+
+
+def test_a_layer_that_keeps_something_from_training_is_caught(module: Any) -> None:
+    counted = ("        y = self.base(x)\n",
+               "        self.calls = getattr(self, 'calls', 0) + self.training\n"
+               "        y = self.base(x) * (1 + self.calls / 64)\n")  # fmt: skip
+    assert_contract(module(counted), laws=["forward"], examples=3)
+    with pytest.raises(ContractBroken, match="after 3 turns of training and evaluation"):
+        assert_contract(module(counted), laws=["train_and_eval"], examples=5)
+
+
 def test_factors_that_are_gone_once_merged_are_no_fault(module: Any) -> None:
     gone = ("return {name: (layer.A, layer.B)", "return {name: (1 / (not layer.merged) * layer.A, "
             "layer.B) if layer.merged else (layer.A, layer.B)")  # fmt: skip

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LAWS"]
 
+TURNS = 3
 _law = LawTable()
 LAWS = _law.laws
 
@@ -167,6 +168,23 @@ def base_output_when_disabled(it: Experiment) -> None:
     it.expect_bits(it.base, "base", "the disabled adapter has to leave the base's output")
     it.say("enable")
     it.expect_bits(it.trial.names["adapted"], "adapted", "enabled again")
+
+
+@_law("linear", "saved", "llama", otherwise="linear", half=True)
+def train_and_eval(it: Experiment) -> None:
+    """Training and evaluation may take turns: what is done for one mode is undone for the other.
+
+    A trainer evaluates after every epoch.  A class that merges in eval mode may round once for each
+    turn; of PEFT, which does not, each bit is asked.
+    """
+    it.attach()
+    it.trial.run("before = run()")
+    it.trial.run(f"for _ in range({TURNS}):\n    model.train()\n    run()\n    model.eval()")
+    when = f"evaluated after {TURNS} turns of training and evaluation"
+    if it.is_peft:
+        it.expect_bits(it.trial.names["before"], "before", when)
+    else:
+        it.expect([it.terms()], when, merges=2 * TURNS)
 
 
 @_law(any_half=True)
