@@ -12,11 +12,12 @@ import pytest_lora as lora
 from pytest_lora import fresh
 from pytest_lora.adapter import read_adapter
 from pytest_lora.checks.bits import how_different, same_bits
-from pytest_lora.contract.dialects import FIRST, SECOND, OwnClass, Peft
+from pytest_lora.contract.dialects import FIRST, SECOND, Dialect, OwnClass, Peft
 from pytest_lora.contract.experiment import Experiment
 from pytest_lora.contract.law import LawTable
 from pytest_lora.contract.laws.steps import (
     HASH_SEEDS,
+    configure,
     renew,
     require_peft,
     require_untouched_base,
@@ -224,3 +225,87 @@ def _attach_anew(it: Experiment, dialect: Peft) -> None:
     except Exception as error:
         raise NotApplicable(f"not with these settings: {error}") from None
     dialect.fill(it.trial, FIRST, it.case.seed + 7)
+
+
+# ------------------------------------------------------------------------------ converted
+
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")
+"""Ways to start that move ``s B A`` of the base into the adapter, to be taken off it again."""
+_START = f"""\
+own = model.peft_config[{FIRST!r}]
+own.init_lora_weights, how = True, own.init_lora_weights  # its numbers, not how they came about
+model.save_pretrained(folders[0].name)
+own.init_lora_weights = how
+import os
+start = f'{{folders[0].name}}/start'  # PEFT loads it as an adapter of the folder's name
+os.rename(f'{{folders[0].name}}/{FIRST}', start)"""
+_CONVERT = "model.save_pretrained(folders[1].name, path_initial_model_for_weight_conversion=start)"
+_LOAD = f"""\
+model = peft.PeftModel.from_pretrained(net, f'{{folders[1].name}}/{FIRST}').eval()"""
+
+
+def _not_converted(dialect: Dialect) -> str:
+    method = dialect.method if isinstance(dialect, Peft) else None
+    start = str(method.options.get("init_lora_weights", "")) if method else ""
+    return "" if start.strip("'").startswith(_CONVERTED) else "it is about LoRA that starts from W"
+
+
+@_law("linear", excludes=_not_converted)
+def converted(it: Experiment) -> None:
+    """Saved as the change since its start, it is LoRA on the untouched base, and stays as it was.
+
+    ``W - s B0 A0 + s B A`` is W with a change of twice the rank.  In some examples modules have
+    ranks and scalings of their own, in some one of them is trained whole.
+    """
+    saves = _with_settings(it)
+    it.attach(fill=False)
+    start = it.terms()
+    with _folders(it, 2):
+        it.trial.run(_START)
+        it.dialect.fill(it.trial, FIRST, it.case.seed + 7)
+        now = it.terms()
+        it.trial.run(f"adapted, before = run(), own.to_dict()\nstate = {state_of(FIRST)}")
+        it.must(_CONVERT)
+        it.expect_bits(it.trial.names["adapted"], "adapted", "after it was saved")
+        _same_configuration(it)
+        _all_that_trained(it)
+        it.dialect.build(it.trial, it.case)
+        it.must(_LOAD)
+        if not saves:
+            without = {name: term.scaled(-1.0) for name, term in start.items()}
+            it.expect([now, without], "loaded on the untouched base")
+
+
+def _with_settings(it: Experiment) -> bool:
+    """The usual ones, patterns, or a module that is trained whole; whether it is the last."""
+    draw = random.Random(it.case.seed).randrange(3)
+    first, *others = it.case.targets
+    if draw == 1:
+        configure(it, rank_pattern=f"{{{first!r}: 3}}", alpha_pattern=f"{{{first!r}: 5}}")
+    if draw == 2:
+        it.case = replace(it.case, chosen=(first,))
+        configure(it, modules_to_save=repr(others))
+    return draw == 2
+
+
+def _same_configuration(it: Experiment) -> None:
+    changed = it.trial.value("[k for k, v in own.to_dict().items() if before.get(k) != v]")
+    if changed:
+        raise it.trial.broken(
+            f"saving it changed the configuration of the adapter in training: {', '.join(changed)}",
+            "for key in before: assert own.to_dict()[key] == before[key], key",
+        )
+
+
+def _all_that_trained(it: Experiment) -> None:
+    """Whatever is no factor, and so has no start to be taken off, is in the file as it is."""
+    file = f"{{folders[1].name}}/{FIRST}/adapter_model.safetensors"
+    it.trial.run(f"from safetensors.torch import load_file\nfile = load_file(f'{file}')")
+    state, found = it.trial.names["state"], it.trial.names["file"]
+    for key in sorted(set(state) - {key for key in state if ".lora_" in key}):
+        if key not in found or not same_bits(found[key], state[key]):
+            raise it.trial.broken(
+                f"{key}, which trained, is {'not' if key not in found else 'another one'} in the"
+                " file of the converted adapter",
+                f"assert torch.equal(file[{key!r}], state[{key!r}])",
+            )
