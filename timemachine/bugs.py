@@ -106,6 +106,8 @@ BUGS = (
          "identity_at_initialisation", "a fresh adapter", "0.11.1", "0.12.0", "ADALORA"),
     _bug("peft#2018", "merging a tied head rewrites the embedding",
          "tied_weights", "the embedding changes too"),
+    _bug("peft#2075", "converted to LoRA, an adapter goes on with twice its rank",
+         "converted", "changed the configuration", "0.12.0", "0.13.0"),
     _bug("peft#2090", "a mixed batch passes over a name that is no adapter's",
          "unknown_names", r"told by: model\(x", "0.13.2", "0.14.0", "LORA"),
     _bug("peft#2104", "PiSSA decomposes the weight of a Conv1D as it is stored",

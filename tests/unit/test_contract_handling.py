@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,8 @@ def sound_then_broken(
     names: dict[str, Any] = {"__name__": "shown"}
     with quiet(), pytest.raises(Exception) if stops else contextlib.nullcontext():
         exec(compile(caught.value.script, law, "exec"), names)
-    for folder in names.get("folders", {}).values():
+    folders = names.get("folders", ())
+    for folder in folders.values() if isinstance(folders, dict) else folders:
         folder.cleanup()
 
 
@@ -471,3 +473,76 @@ def test_two_parameters_of_one_module_are_judged_in_the_format_they_are_merged_i
     law = LAWS["merge_equivalence"]
     it = Experiment(law.id, LORA, Case(network="fused experts", dtype=dtype, sizes=(5, 4, 6)))
     law.hold(it)
+
+
+# ------------------------------------------------------------------------------ converted
+
+
+def drawing(what: int) -> int:
+    """A seed for which the law about converted adapters draws that."""
+    return next(seed for seed in range(99) if random.Random(seed).randrange(4) == what)
+
+
+PLAIN, PATTERNS, SAVED, NAMESAKE = range(4)
+
+
+@pytest.mark.parametrize("drawn", [PLAIN, PATTERNS])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_is_not_taken_off_is_caught(
+    start: str, drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora.model import LoraModel
+
+    original = LoraModel.subtract_mutated_init
+
+    def added(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        for key, value in found.items():
+            if "lora_B" in key:
+                value[:, value.shape[1] // 2 :] *= -1
+        return found
+
+    sound_then_broken(
+        "converted",
+        lambda: monkeypatch.setattr(LoraModel, "subtract_mutated_init", added),
+        "loaded on the untouched base",
+        method(f"LORA+{start}"),
+        seed=drawing(drawn),
+    )
+
+
+def test_a_conversion_that_changes_the_adapter_in_training_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.lora.model import LoraModel
+
+    original = LoraModel.subtract_mutated_init
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.peft_config["one"].r *= 2
+        return original(self, *args, **kwargs)
+
+    sound_then_broken(
+        "converted",
+        lambda: monkeypatch.setattr(LoraModel, "subtract_mutated_init", doubled),
+        "changed the configuration of the adapter in training: r",
+        method("LORA+pissa"),
+        seed=drawing(PLAIN),
+    )
+
+
+@pytest.mark.parametrize(("drawn", "says"), [
+    (SAVED, "which trained, is not in the file of the converted adapter"),
+    (NAMESAKE, "saving it took the adapter away"),
+])  # fmt: skip
+def test_what_a_conversion_loses_is_told(drawn: int, says: str) -> None:
+    """The installed PEFT does lose it: docs/upstream.md."""
+    with pytest.raises(ContractBroken, match=says):
+        hold("converted", method("LORA+pissa"), seed=drawing(drawn))
+
+
+def test_only_what_starts_from_the_base_is_converted() -> None:
+    excludes = LAWS["converted"].excludes
+    assert excludes(LORA)
+    assert excludes(method("LORA+loftq"))
+    assert not excludes(method("LORA+pissa"))

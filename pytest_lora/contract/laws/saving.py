@@ -232,12 +232,11 @@ def _attach_anew(it: Experiment, dialect: Peft) -> None:
 _CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 """Ways to start that move ``s B A`` of the base into the adapter, to be taken off it again."""
 _START = f"""\
-own = model.peft_config[{FIRST!r}]
-own.init_lora_weights, how = True, own.init_lora_weights  # its numbers, not how they came about
-model.save_pretrained(folders[0].name)
-own.init_lora_weights = how
 import os
-start = f'{{folders[0].name}}/start'  # PEFT loads it as an adapter of the folder's name
+own = model.peft_config[{FIRST!r}]
+own.init_lora_weights = True  # its numbers, not how they came about
+model.save_pretrained(folders[0].name)
+start = f'{{folders[0].name}}/{{called}}'
 os.rename(f'{{folders[0].name}}/{FIRST}', start)"""
 _CONVERT = "model.save_pretrained(folders[1].name, path_initial_model_for_weight_conversion=start)"
 _LOAD = f"""\
@@ -255,37 +254,47 @@ def converted(it: Experiment) -> None:
     """Saved as the change since its start, it is LoRA on the untouched base, and stays as it was.
 
     ``W - s B0 A0 + s B A`` is W with a change of twice the rank.  In some examples modules have
-    ranks and scalings of their own, in some one of them is trained whole.
+    ranks and scalings of their own, in some one of them is trained whole, and in some the start is
+    in the folder that PEFT names after the adapter.
     """
-    saves = _with_settings(it)
+    draw = random.Random(it.case.seed).randrange(4)
+    _with_settings(it, draw)
     it.attach(fill=False)
     start = it.terms()
     with _folders(it, 2):
-        it.trial.run(_START)
+        it.trial.run(f"called = {FIRST if draw == 3 else 'start'!r}\n{_START}")
         it.dialect.fill(it.trial, FIRST, it.case.seed + 7)
         now = it.terms()
         it.trial.run(f"adapted, before = run(), own.to_dict()\nstate = {state_of(FIRST)}")
         it.must(_CONVERT)
-        it.expect_bits(it.trial.names["adapted"], "adapted", "after it was saved")
-        _same_configuration(it)
+        _as_it_was(it)
         _all_that_trained(it)
         it.dialect.build(it.trial, it.case)
         it.must(_LOAD)
-        if not saves:
+        if draw != 2:
             without = {name: term.scaled(-1.0) for name, term in start.items()}
             it.expect([now, without], "loaded on the untouched base")
 
 
-def _with_settings(it: Experiment) -> bool:
-    """The usual ones, patterns, or a module that is trained whole; whether it is the last."""
-    draw = random.Random(it.case.seed).randrange(3)
+def _with_settings(it: Experiment, draw: int) -> None:
+    """The usual ones, patterns, or a module that is trained whole."""
     first, *others = it.case.targets
     if draw == 1:
         configure(it, rank_pattern=f"{{{first!r}: 3}}", alpha_pattern=f"{{{first!r}: 5}}")
     if draw == 2:
         it.case = replace(it.case, chosen=(first,))
         configure(it, modules_to_save=repr(others))
-    return draw == 2
+
+
+def _as_it_was(it: Experiment) -> None:
+    """Saving has taken nothing away from the adapter in training."""
+    if FIRST not in it.trial.value("model.peft_config"):
+        raise it.trial.broken(
+            "saving it took the adapter away, for its start had its name",
+            f"assert {FIRST!r} in model.peft_config",
+        )
+    it.expect_bits(it.trial.names["adapted"], "adapted", "after it was saved")
+    _same_configuration(it)
 
 
 def _same_configuration(it: Experiment) -> None:
