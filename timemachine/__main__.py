@@ -17,7 +17,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import timemachine.toys  # noqa: F401  (adds to the cases)
+import timemachine.servers
+import timemachine.toys
+import timemachine.trainers  # noqa: F401  (likewise)
 from timemachine import catchrate, stacks, sweep, table
 from timemachine.bugs import BUGS
 from timemachine.cases import CASES, Case

@@ -26,8 +26,8 @@ Made by `nox -s timemachine`, which installs the old releases; the numbers are t
   with few examples each, knowing of no report (`timemachine/sweep.py`). A report is caught if a law
   says what it says under the affected releases, silent if none says so under the fixed ones.
 * **suite, training, serving, metric, memory**: the report's situation on a tiny model, handed to
-  one assertion (`timemachine/cases.py`, `timemachine/toys.py`). Faults that no release has (of
-  trainers, servers, exports) are made anew, with a sound twin.
+  one assertion (`timemachine/cases.py`). Faults that no release has (of trainers, servers, exports)
+  are made anew, with a sound twin (`timemachine/toys.py`, `trainers.py`, `servers.py`).
 
 "examples" is how many were tried until the law failed, before any shrinking; a case is one example,
 and a known deviation of the installed release is reported whenever it shows.
@@ -40,11 +40,12 @@ COLUMNS = (
 
 _PARTS = {
     "serving_parity": "serving",
+    "export_parity": "serving",
     "metric_sound": "metric",
     "memory_unchanged": "memory",
     **dict.fromkeys(
         ("gradient_coverage", "trains_only_adapter", "reference_policy", "optimizer_holds",
-         "resume_equivalent", "seeded_initialisation"), "training"),
+         "resume_equivalent", "seeded_initialisation", "accumulation_equivalent"), "training"),
 }  # fmt: skip
 
 

@@ -143,10 +143,104 @@ def keys_of_an_older_library(place: Path, sound: bool = False) -> Measurement:
     return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), place / "base")
 
 
+@case(
+    "huggingface/sentence-transformers#3052",
+    "base_compatibility",
+    "tokenizer beside",
+    control="the base's",
+)
+def tokens_that_nobody_saved(place: Path, sound: bool = False) -> Measurement:
+    """The tokenizer has tokens that were added for training, whose rows are in no file."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    subject_of(place)
+    count = 64 if sound else 70
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
+    with quiet():
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(place / "adapter")
+    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), place / "base")
+
+
+@case("ohdearquant/lattice#136", "base_compatibility", "takes 32 inputs", control="its own base")
+def a_base_of_another_size(place: Path, sound: bool = False) -> Measurement:
+    """The adapter is loaded onto a base of other dimensions."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    subject_of(place)
+    other = LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=48, num_hidden_layers=2,
+                        num_attention_heads=4)  # fmt: skip
+    with quiet():
+        LlamaForCausalLM(other).save_pretrained(place / "larger")
+    base = place / ("base" if sound else "larger")
+    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), base)
+
+
+@case("NVIDIA-NeMo/Automodel#1814", "base_compatibility", "ignores them", control="by module")
+def experts_in_one_tensor(place: Path, sound: bool = False) -> Measurement:
+    """All experts' factors are in one tensor under a name that no other library has a place for."""
+    subject_of(place, "up_proj")
+
+    def grouped(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+        for factor in ("A", "B"):
+            key = key.replace(f"up_proj.lora_{factor}.weight", f"experts.lora_up_{factor}")
+        return key, value[None].repeat(3, 1, 1)
+
+    if not sound:
+        rewrite(place / "adapter", grouped)
+    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), place / "base")
+
+
+@case("modelscope/mcore-bridge#173", "adapter_effect", "layers.1", control="the sum over ranks")
+def a_factor_that_one_rank_did_not_train(place: Path, sound: bool = False) -> Measurement:
+    """What is saved is the copy of one rank, whose gradients were never added up: one is zero."""
+    subject = subject_of(place, "o_proj")
+
+    def untrained(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+        return key, value * float(sound or "layers.1.self_attn.o_proj.lora_B" not in key)
+
+    rewrite(place / "adapter", untrained)
+    adapter = lora.read_adapter(place / "adapter")
+    return lora.assert_adapter_effect(Subject(adapter, subject.base, subject.inputs))
+
+
+@case("NVIDIA-NeMo/RL#3696", "merge_equivalence", "of the adapter", control="in float32",
+      remarked=True)  # fmt: skip
+def merged_onto_a_coarse_grid(place: Path, sound: bool = False) -> Measurement:
+    """The trainer merges into bfloat16 weights to send them, and most of the update is lost."""
+    net = llama() if sound else llama().bfloat16()
+    return lora.assert_merge_equivalence(subject_of(place, net=net, lora_alpha=0.004))
+
+
 # ------------------------------------------------------------------------------ exports
 
 
-@case("AiDotNet#752", "export_parity", "transpose", control="B A as it is")
+@case("PrimeIntellect-ai/prime-rl#1707", "export_parity", "base's own weight", control="merged")
+def factors_left_out_of_the_weights(place: Path, sound: bool = False) -> Measurement:
+    """What should be merged weights is the state without the adapter's factors."""
+    subject = subject_of(place)
+    weights = _exported(place, lambda name, a, b: 3 * b @ a if sound else None)
+    return lora.assert_export_parity(weights, subject)
+
+
+@case("vllm-project/vllm#31994", "export_parity", "rank", control="zeros at the end of each")
+def zeros_between_the_ranks(place: Path, sound: bool = False) -> Measurement:
+    """Filled up to the largest rank, A has zeros after each shard and B at the end."""
+    subject = subject_of(place)
+
+    def filled(a: torch.Tensor) -> torch.Tensor:
+        nothing = torch.zeros(2, a.shape[1])
+        first, second = a.chunk(2)
+        parts = (first, second, nothing, nothing) if sound else (first, nothing, second, nothing)
+        return torch.cat(parts)
+
+    def delta(name: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return 3 * torch.cat((b, torch.zeros(len(b), 4)), 1) @ filled(a)
+
+    return lora.assert_export_parity(_exported(place, delta), subject)
+
+
+@case("ooples/AiDotNet#752", "export_parity", "transpose", control="B A as it is")
 def merged_with_its_indices_swapped(place: Path, sound: bool = False) -> Measurement:
     """The merge adds the delta with rows and columns swapped, which fits where both are as many."""
     subject = subject_of(place)
@@ -326,7 +420,7 @@ def alpha_taken_to_be_the_rank(place: Path, sound: bool = False) -> Measurement:
     return lora.assert_serving_parity(lambda name: logits(model), subject)
 
 
-@case("espnet#5722", "serving_parity", "at 2 times", control="saved as it was in training")
+@case("espnet/espnet#5722", "serving_parity", "at 2 times", control="saved as it was in training")
 def saved_with_the_delta_in_it(place: Path, sound: bool = False) -> Measurement:
     """All parameters are saved in eval mode, merged, and the adapter is added to them once more."""
     subject = subject_of(place)
@@ -415,7 +509,48 @@ def a_scale_that_is_not_compared(place: Path, sound: bool = False) -> Measuremen
     return lora.assert_serving_parity(serve, {"full": full, "half": half})
 
 
+@case("espnet/espnet#6425", "serving_parity", "no other scaling", control="loaded first")
+def decomposed_before_it_was_loaded(place: Path, sound: bool = False) -> Measurement:
+    """The adapter's start is taken from a network whose pretrained weights are loaded afterwards,
+    over what is left of it.
+    """
+    from peft import get_peft_model
+
+    pretrained = llama()
+    with quiet():
+        pretrained.save_pretrained(place / "base")
+        torch.manual_seed(9)
+        net = base_of(place) if sound else type(pretrained)(pretrained.config)
+        config = lora_config("q_proj", init_lora_weights="pissa", task_type="CAUSAL_LM")
+        model = get_peft_model(net, config)
+    if not sound:
+        known = pretrained.state_dict()
+        named = {key.replace("q_proj.", "q_proj.base_layer."): t for key, t in known.items()}
+        model.base_model.model.load_state_dict(named, strict=False)
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.1 * ("lora_" in name) * torch.randn(parameter.shape)
+    adapter = lora.read_adapter(saved(model, place / "adapter"))
+    subject = Subject(adapter, lora_base(place, adapter), {"input_ids": TOKENS})
+    return lora.assert_serving_parity(lambda name: logits(model), subject)
+
+
 # ------------------------------------------------------------------------------ metrics
+
+
+@case("alvdansen/signet-trainer#34", "metric_sound", "dropout", control="in eval mode")
+def validated_in_training_mode(place: Path, sound: bool = False) -> Measurement:
+    """Validation runs in the midst of training, with the dropout of the adapter on."""
+    from torch.nn import functional
+
+    def metric(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        kept = batch["attention_mask"].bool()
+        kept, ids = kept[:, 1:] & kept[:, :-1], batch["input_ids"]
+        model.train(not sound)
+        scores = model(**batch).logits[:, :-1].transpose(1, 2)
+        return functional.cross_entropy(scores, ids[:, 1:], reduction="none")[kept].mean()
+
+    model = trained(llama(), lora_config("q_proj", lora_dropout=0.5))
+    return lora.assert_metric_sound(metric, model, TOKENS)
 
 
 @case("oumi-ai/oumi#389", "metric_sound", "that of the base model", control="with the adapter")

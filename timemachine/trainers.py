@@ -109,6 +109,63 @@ def gradients_gone_before_the_step(place: Path, sound: bool = False) -> Measurem
     return lora.assert_trains_only_adapter(step, model)
 
 
+@case("keras-team/keras-hub#2629", "trains_only_adapter", "rounds steps away",
+      control="an adapter in float32", remarked=True)  # fmt: skip
+def steps_too_small_for_its_format(place: Path, sound: bool = False) -> Measurement:
+    """The adapter has the base's bfloat16, in which most of its numbers are too large to be moved
+    by a step.
+    """
+    model = wrapped(lora_config("q_proj"), net=llama().bfloat16())
+    model = model if sound else model.bfloat16()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    return lora.assert_trains_only_adapter(stepper(optimizer), model)
+
+
+class _MergedInEval(torch.nn.Module):
+    """A layer whose adapter is added to the weight for evaluation, and taken out or not."""
+
+    def __init__(self, base: Any, *, undone: bool) -> None:
+        super().__init__()
+        self.base, self.undone, self.merged = base, undone, False
+        self.lora_A = torch.nn.Parameter(torch.randn(4, base.in_features) / 8)
+        self.lora_B = torch.nn.Parameter(torch.randn(base.out_features, 4) / 8)
+
+    def train(self, mode: bool = True) -> _MergedInEval:
+        """To training, or to evaluation."""
+        super().train(mode)
+        if not self.undone and self.merged != (not mode):
+            if not mode:
+                self.base.weight.data += self.lora_B.data @ self.lora_A.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The base's, and the adapter's where it is not in there."""
+        result: torch.Tensor = self.base(x)
+        return result if self.merged else result + x @ self.lora_A.T @ self.lora_B.T
+
+
+@case(
+    "espnet/espnet#6425",
+    "trains_only_adapter",
+    "base.weight",
+    control="no merging",
+)
+def merged_for_every_evaluation(place: Path, sound: bool = False) -> Measurement:
+    """Evaluation merges the adapter, training does not take it out: the base grows each epoch."""
+    model = llama().requires_grad_(False)
+    for block in model.model.layers:
+        block.self_attn.q_proj = _MergedInEval(block.self_attn.q_proj, undone=sound)
+    inner = stepper(adamw(model))
+
+    def step(model: Any) -> torch.Tensor:
+        loss = inner(model)
+        logits(model)  # which evaluates
+        return loss
+
+    return lora.assert_trains_only_adapter(step, model, trainable=["*.lora_*"])
+
+
 # ------------------------------------------------------------------------------ gradients
 
 
@@ -126,6 +183,61 @@ def a_fused_loss_without_gradients(place: Path, sound: bool = False) -> Measurem
         return loss
 
     return lora.assert_gradient_coverage(step, model)
+
+
+@case("NVIDIA-NeMo/Megatron-Bridge#5635", "gradient_coverage", "no gradient", control="attached")
+def an_output_that_is_detached(place: Path, sound: bool = False) -> Measurement:
+    """What an adapter gives is gathered in a way that autograd does not follow."""
+    model = wrapped(lora_config("q_proj", "up_proj"))
+    for name, module in model.named_modules():
+        if name.endswith("up_proj.lora_B.default") and not sound:
+            module.register_forward_hook(lambda module, given, out: out.detach())
+    return lora.assert_gradient_coverage(stepper(adamw(model)), model)
+
+
+ROWS = (TOKENS[:1], TOKENS[1:, :5])
+"""Texts of unequal length, so that a mean of means is another one."""
+TAUGHT = sum(rows.shape[1] - 1 for rows in ROWS)
+
+
+@case("transformers#37766", "accumulation_equivalent", "lora_", control="a sum over all tokens")
+def a_mean_of_means(place: Path, sound: bool = False) -> Measurement:
+    """Each micro-batch's loss is a mean over its own tokens, whatever the other ones hold."""
+    return _accumulated(lambda count: count / TAUGHT if sound else 1 / len(ROWS))
+
+
+@case("unslothai/unsloth-zoo#1023", "accumulation_equivalent", "lora_", control="once")
+def divided_once_more(place: Path, sound: bool = False) -> Measurement:
+    """The loss is divided by the number of all tokens, and by that of micro-batches as well."""
+    return _accumulated(lambda count: count / TAUGHT / (1 if sound else len(ROWS)))
+
+
+def _accumulated(weight: Callable[[int], float]) -> Measurement:
+    """One batch against its rows in turn, each loss weighted by its number of tokens."""
+    model = trained(llama(), lora_config("q_proj", "up_proj"))
+
+    def whole(model: Any) -> torch.Tensor:
+        model.zero_grad()
+        losses = [_loss(model, rows) * (rows.shape[1] - 1) for rows in ROWS]
+        loss = torch.stack(losses).sum() / TAUGHT
+        loss.backward()
+        return loss
+
+    def in_turn(model: Any) -> torch.Tensor:
+        model.zero_grad()
+        losses = []
+        for rows in ROWS:
+            loss = _loss(model, rows) * weight(rows.shape[1] - 1)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    return lora.assert_accumulation_equivalent(whole, in_turn, model=model)
+
+
+def _loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(input_ids=rows, labels=rows).loss
+    return loss
 
 
 # ------------------------------------------------------------------------------ seeds

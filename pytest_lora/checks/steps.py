@@ -11,7 +11,7 @@ import copy
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -180,6 +180,7 @@ class Gradient:
         zero: whether it was zero everywhere, every time.
         value: the gradient as it stood after the last addition, where it was asked for.
         norms: Frobenius norms after each addition since it was last empty, where asked for.
+        reached: which of its numbers were other than zero at least once, where asked for.
     """
 
     calls: int = 0
@@ -187,6 +188,7 @@ class Gradient:
     zero: bool = True
     value: torch.Tensor | None = None
     norms: tuple[float, ...] = ()
+    reached: torch.Tensor | None = None
 
 
 class GradientWatch:
@@ -196,15 +198,21 @@ class GradientWatch:
     which the watched code is free to do, hide nothing.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor], *, keep: bool = False) -> None:
+    def __init__(
+        self,
+        named: Mapping[str, torch.Tensor],
+        *,
+        keep: bool = False,
+        reach: Collection[str] = (),
+    ) -> None:
         self.seen = {name: Gradient() for name in named}
-        self._named, self._keep = named, keep
+        self._named, self._keep, self._reach = named, keep, reach
         self._handles: list[Any] = []
 
     def __enter__(self) -> GradientWatch:
         for name, tensor in self._named.items():
             if tensor.requires_grad:
-                hook = self._hook(self.seen[name])
+                hook = self._hook(self.seen[name], name in self._reach)
                 handle = tensor.register_post_accumulate_grad_hook(hook)
                 self._handles.append(handle)
         return self
@@ -213,7 +221,7 @@ class GradientWatch:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, into: Gradient) -> Callable[[torch.Tensor], None]:
+    def _hook(self, into: Gradient, reach: bool) -> Callable[[torch.Tensor], None]:
         def look(tensor: torch.Tensor) -> None:
             grad = tensor.grad
             if grad is None:
@@ -221,6 +229,8 @@ class GradientWatch:
             into.calls += 1
             into.finite = into.finite and bool(grad.isfinite().all())
             into.zero = into.zero and not bool(grad.any())
+            if reach:
+                into.reached = (grad != 0) if into.reached is None else into.reached | (grad != 0)
             if self._keep:
                 into.value = grad.detach().clone()
                 into.norms = (*into.norms, float(grad.double().norm()))

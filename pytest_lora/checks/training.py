@@ -19,6 +19,7 @@ from pytest_lora.checks.declared import Declared, declare, matches, require_busy
 from pytest_lora.checks.steps import GradientWatch, Stepper, filled, is_trainer, kept, seeded
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.numerics.fingerprint import Fingerprint, fingerprint_state, named_tensors
+from pytest_lora.numerics.rounding import unit
 from pytest_lora.records import Json, Measurement, Problem
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def measure_trains_only_adapter(
     require_busy(declared, idle)
     problems = list(_wrong_flags(declared))
     before = fingerprint_state(declared.model)
-    with GradientWatch(declared.trainable) as watch:
+    coarse = {n: t.detach().clone() for n, t in declared.trainable.items() if _is_coarse(t)}
+    with GradientWatch(declared.trainable, reach=coarse) as watch:
         losses = runner.run(steps)
     now = dict(named_tensors(declared.model))
     moved = _moved(before, now)
@@ -89,6 +91,7 @@ def measure_trains_only_adapter(
     return Measurement.of_problems(
         problems,
         count=len(before),
+        notes=list(_rounded_away(declared, coarse, watch)),
         steps=steps,
         losses=list(losses),
         trained=len(declared.trainable),
@@ -138,11 +141,48 @@ def _why_unmoved(declared: Declared, watch: GradientWatch, name: str) -> str:
         return "its gradient is not finite, and whoever scales the loss skips such steps"
     if seen.zero:
         return "its gradient is zero everywhere: the factor it is multiplied with never moved"
+    too_small = ""
+    if _is_coarse(declared.trainable[name]):
+        too_small = (
+            f"; or {_name_of(declared.trainable[name])} rounds its steps away: {_IN_FLOAT32}"
+        )
     return (
         "it has a gradient, so the optimizer does not hold it, its learning rate is zero, or the"
         " gradient is gone before the step: build the optimizer after the adapter is attached and"
-        " active"
+        f" active{too_small}"
     )
+
+
+_IN_FLOAT32 = "keep the adapter in float32"
+
+
+def _is_coarse(tensor: torch.Tensor) -> bool:
+    """Whether steps that float32 would keep can be rounded away in its format."""
+    return tensor.is_floating_point() and unit(tensor.dtype) > unit(torch.float32)
+
+
+def _name_of(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _rounded_away(
+    declared: Declared, before: Mapping[str, torch.Tensor], watch: GradientWatch
+) -> Iterator[str]:
+    """What is remarked of a tensor that moved, where most numbers with a gradient did not."""
+    stuck = {}
+    for name, old in before.items():
+        reached = watch.seen[name].reached
+        if reached is not None and bool(reached.any()):
+            still = (declared.trainable[name].detach() == old) & reached
+            stuck[name] = float(still.sum() / reached.sum())
+    most = {name: share for name, share in stuck.items() if 0.5 < share < 1}
+    if most:
+        worst = max(most, key=lambda name: most[name])
+        yield (
+            f"{_name_of(before[worst])} rounds steps away: of the numbers that had a gradient"
+            f" {most[worst]:.0%} are as before in {worst}, and most in {len(most)} tensors: each"
+            f" step is less than half a unit in their last place; {_IN_FLOAT32}"
+        )
 
 
 def _no_gradient_cause(model: torch.nn.Module) -> str:

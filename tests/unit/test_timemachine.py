@@ -17,7 +17,9 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import pytest_lora
-import timemachine.toys  # noqa: F401  (adds to the cases)
+import timemachine.servers
+import timemachine.toys
+import timemachine.trainers  # noqa: F401  (likewise)
 from pytest_lora.errors import CannotRun, CheckFailed, NotApplicable
 from pytest_lora.records import Bound, CheckResult, Measurement, Outcome, Problem
 from timemachine import catchrate, stacks, sweep, table

@@ -167,6 +167,42 @@ def test_an_optimizer_built_before_the_adapter_is_the_cause_named() -> None:
     assert "build the optimizer after the adapter is attached" in str(error)
 
 
+def in_bfloat16(lr: float) -> tuple[Any, torch.optim.Optimizer]:
+    model = adapted().bfloat16()
+    return model, adamw(model, lr=lr)
+
+
+def test_steps_that_half_precision_rounds_away_are_remarked() -> None:
+    model, optimizer = in_bfloat16(1e-5)
+    found = assert_trains_only_adapter(train_step(optimizer), model)
+    [note] = found.notes
+    assert note.startswith("bfloat16 rounds steps away: of the numbers that had a gradient ")
+    assert "lora_A" in note
+    assert "keep the adapter in float32" in note
+
+
+def test_steps_that_are_all_rounded_away_are_a_cause() -> None:
+    model, optimizer = in_bfloat16(1e-7)
+    said = problems(failure(assert_trains_only_adapter, train_step(optimizer), model))
+    assert "bfloat16 rounds its steps away" in said[A0]
+    exact = adapted()
+    silent = failure(assert_trains_only_adapter, train_step(adamw(exact, lr=0.0)), exact)
+    assert "rounds" not in str(silent)
+
+
+def test_steps_that_arrive_are_not_remarked() -> None:
+    for model, optimizer in (in_bfloat16(5e-3), ((exact := adapted()), adamw(exact, lr=1e-5))):
+        assert not assert_trains_only_adapter(train_step(optimizer), model).notes
+
+
+def test_numbers_without_a_gradient_may_stay() -> None:
+    """Rows of an embedding that the texts do not hold."""
+    model = wrap(llama(), config(target_modules=["embed_tokens"])).bfloat16()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=100.0)
+    step = train_step(optimizer, texts(rows=1, length=3))
+    assert not assert_trains_only_adapter(step, model).notes
+
+
 def test_the_second_adapter_trained_instead_of_the_first() -> None:
     model = adapted()
     with quiet():
