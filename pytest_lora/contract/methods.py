@@ -75,6 +75,16 @@ class Method:
                     found.append((item.name, repr(word)))
         return found
 
+    def biases(self) -> list[str]:
+        """What ``bias`` may be, but none: which biases of the base train along."""
+        import peft
+
+        if not self.accepts("bias"):
+            return []
+        declared = _words(typing.get_type_hints(getattr(peft, self.config))["bias"])
+        only = f"{self.config.removesuffix('Config').lower()}_only"
+        return [word for word in declared or ("all", only) if word != "none"]
+
 
 # Settings whose defaults are made for large layers, for layers of 16 inputs and 24 or 32 outputs.
 _SMALL: Mapping[str, str] = {

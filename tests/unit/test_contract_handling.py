@@ -475,6 +475,79 @@ def test_two_parameters_of_one_module_are_judged_in_the_format_they_are_merged_i
     law.hold(it)
 
 
+# ------------------------------------------------------------------------------ loaded
+
+
+@pytest.mark.parametrize(("name", "says"), [("LORA", "lora_only"), ("BOFT", "boft_only")])
+def test_a_bias_that_is_not_saved_is_caught(
+    name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.utils import save_and_load
+
+    original = save_and_load.get_peft_model_state_dict
+
+    def without_biases(model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(model, *args, **kwargs)
+        config = model.peft_config[kwargs.get("adapter_name", "one")]
+        only = config.bias.endswith("_only")
+        return {key: tensor for key, tensor in found.items() if not (only and "bias" in key)}
+
+    sound_then_broken(
+        "trained_biases",
+        lambda: monkeypatch.setattr("peft.get_peft_model_state_dict", without_biases),
+        f"bias='{says}', read into another model",
+        LORA if name == "LORA" else method(name),
+        seed=3,
+    )
+
+
+def test_all_words_that_a_bias_may_be_are_tried() -> None:
+    assert method("LORA").method.biases() == ["all", "lora_only"]
+    assert method("BOFT").method.biases() == ["all", "boft_only"]
+    assert not method("LOHA").method.biases()
+
+
+@pytest.mark.parametrize("name", ["LORA", "IA3", "LOHA", "LORA+rslora"])
+def test_transformers_that_leaves_a_factor_out_is_caught(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.load_adapter
+
+    def but_one(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        last = [p for n, p in self.named_parameters() if "one" in n.split(".")][-1]
+        last.data = last.data + 1
+
+    sound_then_broken(
+        "loaded_by_transformers",
+        lambda: monkeypatch.setattr(PreTrainedModel, "load_adapter", but_one),
+        "loaded by transformers: ",
+        LORA if name == "LORA" else method(name),
+        network="llama",
+    )
+
+
+def test_transformers_that_leaves_the_adapter_in_training_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.load_adapter
+
+    def trains(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.train()
+
+    sound_then_broken(
+        "loaded_by_transformers",
+        lambda: monkeypatch.setattr(PreTrainedModel, "load_adapter", trains),
+        "in training mode",
+        network="llama",
+    )
+
+
 # ------------------------------------------------------------------------------ converted
 
 

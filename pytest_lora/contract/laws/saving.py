@@ -14,9 +14,10 @@ from pytest_lora.adapter import read_adapter
 from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.contract.dialects import FIRST, SECOND, Dialect, OwnClass, Peft
 from pytest_lora.contract.experiment import Experiment
-from pytest_lora.contract.law import LawTable
+from pytest_lora.contract.law import LawTable, without
 from pytest_lora.contract.laws.steps import (
     HASH_SEEDS,
+    anew,
     configure,
     renew,
     require_peft,
@@ -216,6 +217,21 @@ def state_round_trip(it: Experiment) -> None:
     it.expect_bits(it.trial.names["saved"], "saved", "read into another model")
 
 
+@_law("linear", excludes=without("bias"))
+def trained_biases(it: Experiment) -> None:
+    """Biases of the base that train with an adapter are saved with it, and loaded with it."""
+    require_untouched_base(it)
+    dialect = require_peft(it, "it is PEFT that trains the base's biases")
+    for word in dialect.method.biases():
+        anew(it, bias=True)
+        configure(it, bias=repr(word))
+        it.attach()
+        it.trial.run(f"saved = run()\nstate = {state_of(FIRST)}")
+        renew(it, dialect, it.case, FIRST)
+        it.trial.run(f"peft.set_peft_model_state_dict(model, state, adapter_name={FIRST!r})")
+        it.expect_bits(it.trial.names["saved"], "saved", f"bias={word!r}, read into another model")
+
+
 def _attach_anew(it: Experiment, dialect: Peft) -> None:
     """With other settings; what keeps them from working is none of this law's business."""
     try:
@@ -225,6 +241,34 @@ def _attach_anew(it: Experiment, dialect: Peft) -> None:
     except Exception as error:
         raise NotApplicable(f"not with these settings: {error}") from None
     dialect.fill(it.trial, FIRST, it.case.seed + 7)
+
+
+# ------------------------------------------------------------------------------ by transformers
+
+
+@_law("llama", otherwise="llama")
+def loaded_by_transformers(it: Experiment) -> None:
+    """A model of transformers that loads an adapter itself computes what PEFT does, bit for bit.
+
+    It stays in eval mode, and with its adapters switched off it is the base.
+    """
+    require_peft(it, "transformers loads what PEFT has saved")
+    require_untouched_base(it)
+    it.attach()
+    it.trial.run("saved = run()")
+    with _folders(it):
+        it.trial.run("model.save_pretrained(folders[0].name)")
+        it.dialect.build(it.trial, it.case)
+        it.must(f"net.load_adapter(f'{{folders[0].name}}/{FIRST}', adapter_name={FIRST!r})")
+        training = it.trial.value("[name for name, m in net.named_modules() if m.training]")
+        if training:
+            raise it.trial.broken(
+                f"loading left {training[0] or 'the model'} in training mode",
+                "assert not any(m.training for m in net.modules())",
+            )
+        it.expect_bits(it.trial.names["saved"], "saved", "loaded by transformers")
+        it.must("net.disable_adapters()")
+        it.expect_bits(it.base, "base", "loaded by transformers and switched off")
 
 
 # ------------------------------------------------------------------------------ converted
