@@ -57,7 +57,8 @@ def sound_then_broken(
     names: dict[str, Any] = {"__name__": "shown"}
     with quiet(), pytest.raises(Exception) if stops else contextlib.nullcontext():
         exec(compile(caught.value.script, law, "exec"), names)
-    for folder in names.get("folders", {}).values():
+    folders = names.get("folders", [])
+    for folder in folders.values() if isinstance(folders, dict) else folders:
         folder.cleanup()
 
 
