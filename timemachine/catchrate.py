@@ -42,6 +42,7 @@ _PARTS = {
     "serving_parity": "serving",
     "metric_sound": "metric",
     "memory_unchanged": "memory",
+    "memory_left": "memory",
     **dict.fromkeys(
         ("gradient_coverage", "trains_only_adapter", "reference_policy", "optimizer_holds",
          "resume_equivalent", "seeded_initialisation"), "training"),
