@@ -246,8 +246,6 @@ def adapters_that_stay(place: Path, sound: bool = False) -> Measurement:
     """Adapters are loaded one after the other to be evaluated, and all of them stay."""
     from itertools import count
 
-    from pytest_lora.memory_assertions import assert_no_memory_left
-
     _subject(place)
     model, numbers = _fresh(place, place / "adapter"), count()
 
@@ -260,7 +258,7 @@ def adapters_that_stay(place: Path, sound: bool = False) -> Measurement:
             model.set_adapter("default")
             model.delete_adapter(name)
 
-    return assert_no_memory_left(evaluate)
+    return lora.assert_no_memory_left(evaluate)
 
 
 @case(
@@ -452,7 +450,7 @@ def a_baseline_with_the_adapter_on(place: Path, sound: bool = False) -> Measurem
     return lora.assert_metric_sound(before, model, TOKENS, declared="base")
 
 
-@case("EleutherAI/lm-evaluation-harness#2294", "metric_sound", "that of the base model",
+@case("oumi-ai/oumi#389", "metric_sound", "that of the base model",
       control="the adapter on")  # fmt: skip
 def evaluated_without_the_adapter(place: Path, sound: bool = False) -> Measurement:
     """The harness evaluates the model it was given, and the adapter is not at work there."""

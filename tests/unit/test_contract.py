@@ -414,6 +414,7 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "ways_to_choose",
         "own_modules_saved",
         "reads_inputs",
+        "stays_where_it_is",
         "incomplete_files_told",
         "whole_files_accepted",
     }

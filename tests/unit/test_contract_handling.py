@@ -628,3 +628,34 @@ def test_a_tensor_that_is_there_and_said_to_be_missing_is_caught(
     monkeypatch.undo()
     with pytest.raises(ContractBroken, match=r"load_adapter as 'b'.*lora_A\.one\.weight"):
         hold("whole_files_accepted", seed=1)
+
+
+# ------------------------------------------------------------------------------ put away
+
+
+@pytest.mark.parametrize("how", ["moved", "made anew"])
+def test_an_adapter_that_was_put_away_and_is_brought_back_is_caught(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    original = BaseTunerLayer._move_adapter_to_device_of_base_layer
+
+    def moves_all(self: Any, *given: Any, **more: Any) -> None:
+        self.to("cpu")
+
+    def makes_anew(self: Any, *given: Any, **more: Any) -> None:
+        original(self, *given, **more)
+        for factor in self.lora_A.values():
+            if factor.weight.is_meta:
+                factor.weight = torch.nn.Parameter(torch.zeros(factor.weight.shape))
+
+    spoiled = moves_all if how == "moved" else makes_anew
+    says = "it copies what was put away" if how == "moved" else "not where they were put"
+    sound_then_broken(
+        "stays_where_it_is",
+        lambda: monkeypatch.setattr(
+            BaseTunerLayer, "_move_adapter_to_device_of_base_layer", spoiled
+        ),
+        f"add of another adapter: .*{says}",
+    )
