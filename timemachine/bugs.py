@@ -196,6 +196,8 @@ BUGS = (
          "unloaded", "unhashable", "0.20.0", "0.21.0", "LORA"),
     _bug("peft#3482", "adapters merged in turn are not those active together",
          "order_of_merges", "in turn and unmerged", "0.20.0", "0.21.0", "HIRA"),
+    _bug("peft#3487", "a second AdaLoRA adapter thaws the first and is frozen",
+         "requires_grad", "onto a frozen one", "0.20.0", "0.21.0", "ADALORA"),
     _bug("peft#3503", "LoRA+ trains embeddings at the usual rate",
          "learning_rates", "declared is 0.5", "0.20.0", "0.21.0", "LORA"),
     _bug("peft#3504", "deleting a merged adapter leaves it in the base",
