@@ -550,6 +550,23 @@ def test_what_a_deleted_adapter_leaves_in_a_list_is_caught(monkeypatch: pytest.M
     )
 
 
+def test_what_an_unloaded_model_keeps_for_good_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraModel
+
+    original = LoraModel.unload
+    kept: list[Any] = []
+
+    def hoards(self: Any) -> Any:
+        kept.append([p for name, p in self.named_parameters() if "lora_" in name])
+        return original(self)
+
+    sound_then_broken(
+        "memory_given_back",
+        lambda: monkeypatch.setattr(LoraModel, "unload", hoards),
+        "attaching, and again",
+    )
+
+
 @pytest.mark.parametrize("keeps", ["all", "the last"])
 def test_a_merge_that_keeps_each_weight_is_caught(
     keeps: str, monkeypatch: pytest.MonkeyPatch

@@ -205,14 +205,15 @@ def parts(net):
 
 @_law("linear", "saved", sampled=True)
 def memory_given_back(it: Experiment) -> None:
-    """What comes and goes again and again piles up no memory: adapters, merges, runs in training.
+    """What comes and goes again and again piles up no memory: adapters, merges, training, wrappers.
 
     Bytes of the tensors that Python knows; one that takes another's place adds none.
     """
     it.attach()
     it.trial.run(_HELD)
     cycles = {"training": ("train",), "merging": ("merge", "unmerge"),
-              "an adapter": ("add", "activate", "train", "back", "delete")}  # fmt: skip
+              "an adapter": ("add", "activate", "train", "back", "delete"),
+              "attaching": ("unload",)}  # fmt: skip
     tried = [what for what, steps in cycles.items() if _piles_up_nothing(it, what, steps)]
     if tried == ["training"] and not it.is_peft:
         raise NotApplicable("it has no merge, and no adapters that come and go")
@@ -257,6 +258,19 @@ def _step(it: Experiment, step: str) -> None:
         it.must(run + "y.sum().backward() if y.requires_grad else None\ndel y\nmodel.eval()")
         it.must("for p in model.parameters():\n    p.grad = None")
         return
+    if step == "unload":
+        _attach_again(it)
+        return
     given = {"add": (SECOND, it.case.other()), "activate": (SECOND,), "back": (FIRST,),
              "delete": (SECOND,)}  # fmt: skip
     it.say("activate" if step == "back" else step, *given.get(step, ()))
+
+
+def _attach_again(it: Experiment) -> None:
+    """Take the adapter off the network, and put another one on; whether PEFT can is not asked."""
+    dialect = require_peft(it)
+    try:
+        it.trial.run("net = model.unload()")
+        dialect.attach(it.trial, it.case)
+    except Refused as refusal:
+        raise NotApplicable(f"not unloaded: {refusal}") from None
