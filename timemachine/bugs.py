@@ -103,7 +103,7 @@ BUGS = (
     _bug("peft#1505", "a refused safe merge has changed the base already",
          "safe_merge_is_safe", "of the base is changed", "0.8.2", "0.9.0"),
     _bug("peft#1639", "loading an adapter brings back those that were put on another device",
-         "stays_where_it_is", "of another adapter", "0.11.1", "0.12.0"),
+         "stays_where_it_is", "of another adapter", "0.11.1", "0.12.0", "LO*"),
     _bug("peft#1884", "a fresh AdaLoRA adapter changes the output",
          "identity_at_initialisation", "a fresh adapter", "0.11.1", "0.12.0", "ADALORA"),
     _bug("peft#2018", "merging a tied head rewrites the embedding",
