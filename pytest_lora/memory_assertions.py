@@ -327,7 +327,8 @@ def assert_no_memory_left(
     """Live tensor bytes return to the start: what ``cycle()`` makes, nothing holds afterwards.
 
     For loading and deleting a model, attaching and unloading an adapter, a request of a server.
-    Exact: nothing left means no byte, after one run that may fill caches.
+    Exact: nothing left means no byte, after one run that may fill caches. What takes the place of
+    something as large is not left.
 
     Args:
         cycle: what to run, ``1 + cycles`` times.

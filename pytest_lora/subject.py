@@ -427,6 +427,7 @@ class Subject:
         as_lent = Structure(root)
         try:
             strip(root)
+            vars(root).pop("peft_config", None)  # else PEFT adds to the adapters named there
             root.requires_grad_(False).eval()
             base = BaseModel(loading.Loaded(root, ()), lent=True)
         finally:

@@ -237,6 +237,17 @@ def delete_of_a_merged_adapter(place: Path) -> Measurement:
     return lora.assert_frozen_weights(trained(Mlp(), lora_config("body")), INPUT)
 
 
+@case("NVIDIA-NeMo/RL#3696", "merge_equivalence", "takes", control="in float32", remarked=True)
+def a_small_step_merged_in_bfloat16(place: Path, sound: bool = False) -> Measurement:
+    """Merged into bfloat16 weights for every rollout, a small update is mostly rounded away."""
+    model = trained(llama() if sound else llama().bfloat16(), lora_config("q_proj"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1e-3)
+    return lora.assert_merge_equivalence(model, {"input_ids": torch.arange(16).view(2, 8)})
+
+
 # ------------------------------------------------------------------------------ switching
 
 
@@ -360,6 +371,38 @@ def pattern_with_a_typo(place: Path, sound: bool = False) -> Measurement:
     key = "q_proj" if sound else "q_porj"
     config = lora_config("q_proj", "v_proj", alpha_pattern={key: 100})
     return lora.assert_config_matches_weights(saved(trained(llama(), config), place))
+
+
+@case("peft#3693", "config_matches_weights", "dt_proj", control="none but those of the model")
+def a_target_that_is_not_there(place: Path, sound: bool = False) -> Measurement:
+    """Of several targets one matches no module, which is accepted as long as another one does."""
+    config = lora_config("q_proj", *([] if sound else ["dt_proj"]))
+    return lora.assert_config_matches_weights(saved(trained(llama(), config), place))
+
+
+@case("peft#2566", "base_compatibility", "it is another class", control="an adapter of all of it")
+def the_text_half_of_a_model(place: Path, sound: bool = False) -> Measurement:
+    """Trained on the text model alone, and loaded onto one of text and images: one warning."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = llama()
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                              num_attention_heads=2, image_size=8, patch_size=4)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text.config, image_token_index=63)
+    both = LlavaForConditionalGeneration(config).eval()
+    with quiet():
+        both.save_pretrained(place / "base")
+    folder = saved(trained(both if sound else text, lora_config("q_proj")), place / "adapter")
+    return lora.assert_base_compatibility(lora.read_adapter(folder), place / "base")
+
+
+@case("peft#515", "adapter_effect", "change nothing", control="trained")
+def an_adapter_that_changes_nothing(place: Path, sound: bool = False) -> Measurement:
+    """Answers with the adapter and without are the same: what was saved are its initial values."""
+    subject = on_disk(llama(), lora_config("q_proj", task_type="CAUSAL_LM"), place)
+    if not sound:
+        rewrite(place / "adapter", lambda key, t: (key, t * 0 if "lora_B" in key else t))
+    return lora.assert_adapter_effect(Subject(lora.read_adapter(place / "adapter"), subject.base))
 
 
 # ------------------------------------------------------------------------------ broken files

@@ -43,6 +43,7 @@ _PARTS = {
     "export_parity": "serving",
     "metric_sound": "metric",
     "memory_unchanged": "memory",
+    "memory_left": "memory",
     **dict.fromkeys(
         ("gradient_coverage", "trains_only_adapter", "reference_policy", "optimizer_holds",
          "resume_equivalent", "seeded_initialisation", "accumulation_equivalent"), "training"),

@@ -7,6 +7,7 @@ fails is compared between two releases afterwards (:mod:`timemachine.bugs`).
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import sys
@@ -22,8 +23,8 @@ __all__ = ["EXAMPLES", "Sweep", "read", "sweep", "try_all"]
 EXAMPLES = (24, 3)
 """Examples of LoRA itself, which is tried on up to eleven networks, and of every other method."""
 
-SLOW = {"save_reload": (5, 1), "merged_reload": (5, 1)}
-"""Those of the laws that start processes."""
+SLOW = {"save_reload": (5, 1), "merged_reload": (5, 1), "memory_given_back": (5, 1)}
+"""Those of the laws that start processes, or look through all that Python holds."""
 
 Sweep = Mapping[str, Mapping[str, Any]]
 """Verdicts by ``law[method]``, as ``Verdict.to_dict`` has them."""
@@ -54,6 +55,8 @@ def try_all(done: set[str]) -> Iterator[str]:
     """One line of JSON for each cell that is not ``done``, under the releases at hand."""
     from pytest_lora.contract.cells import contract_cells, try_cell
 
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked through again and again
     for cell in contract_cells():
         if f"{cell.law}[{cell.method}]" in done:
             continue

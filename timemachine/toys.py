@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 import pytest_lora as lora
 from pytest_lora.loading import quiet
 from pytest_lora.records import Measurement
-from pytest_lora.subject import Subject
+from pytest_lora.subject import Subject, load_base
 from timemachine.cases import case, llama, lora_config, rewrite, saved, trained
 from timemachine.parts import TOKENS
 from timemachine.parts import adamw as _adamw
@@ -42,6 +43,28 @@ def a_setting_nobody_reads(place: Path, sound: bool = False) -> Measurement:
     if not sound:
         _set(folder, use_newvariant=True)
     return lora.assert_adapter_files(folder)
+
+
+@case("peft#1337", "adapter_files", "enable_lora", control="a configuration of today")
+def a_setting_of_long_ago(place: Path, sound: bool = False) -> Measurement:
+    """An adapter of an early PEFT says which parts of a fused projection it adapts."""
+    folder = saved(trained(llama(), lora_config("q_proj")), place)
+    if not sound:
+        _set(folder, enable_lora=[True, False, True])
+    return lora.assert_adapter_files(folder)
+
+
+@case("peft#1337", "config_matches_weights", "A has rank 8 and B has rank 4", control="one pair")
+def factors_of_long_ago(place: Path, sound: bool = False) -> Measurement:
+    """The same: two pairs of factors in one, B as the kernel of a convolution."""
+    folder = saved(trained(llama(), lora_config("q_proj")), place)
+
+    def fuse(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+        return key, torch.cat([value, value]) if "lora_A" in key else value[:, :, None]
+
+    if not sound:
+        rewrite(folder, fuse)
+    return lora.assert_config_matches_weights(folder)
 
 
 @case("accelerate#4206", "adapter_effect", "output rows of lora_B", control="all rows")
@@ -157,6 +180,36 @@ def wrapped_again_on_resume(place: Path, sound: bool = False) -> Measurement:
     )  # fmt: skip
 
 
+@case("peft#2448", "trains_only_adapter", "not finite", control="a rate it can take")
+def weights_that_differ_from_everything(place: Path, sound: bool = False) -> Measurement:
+    """Training diverges, and a test that weights have changed passes: NaN is never equal."""
+    model = _wrapped(lora_config("q_proj"))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return lora.assert_trains_only_adapter(
+        _step(torch.optim.SGD(trainable, lr=0.1 if sound else 1e30)), model
+    )
+
+
+@case("peft#738", "memory_left", "bytes of tensors left", control="each one deleted")
+def adapters_that_stay(place: Path, sound: bool = False) -> Measurement:
+    """Adapters are loaded one after the other to be evaluated, and all of them stay."""
+    from itertools import count
+
+    _subject(place)
+    model, numbers = _fresh(place, place / "adapter"), count()
+
+    def evaluate() -> None:
+        name = f"adapter{next(numbers)}"
+        model.load_adapter(place / "adapter", name)
+        model.set_adapter(name)
+        _logits(model)
+        if sound:
+            model.set_adapter("default")
+            model.delete_adapter(name)
+
+    return lora.assert_no_memory_left(evaluate)
+
+
 @case(
     "AgileRL/AgileRL#623",
     "memory_unchanged",
@@ -202,6 +255,18 @@ def a_shard_of_the_base(place: Path, sound: bool = False) -> Measurement:
     rewrite(folder, shard, "model.safetensors")
     served = _logits(_base_at(folder))
     return lora.assert_serving_parity(lambda name: served, subject)
+
+
+@case("peft#1932", "serving_parity", "another revision of the base", control="the same base")
+def on_another_revision_of_the_base(place: Path, sound: bool = False) -> Measurement:
+    """The base is not quite the one it was trained on; what it answered then was kept."""
+    subject = _subject(place)
+    kept = _logits(_fresh(place, place / "adapter"))
+    if not sound:
+        rewrite(place / "base", lambda key, value: (key, 1.001 * value), "model.safetensors")
+    base = load_base(place / "base", adapter=subject.adapter, device="cpu")
+    now = Subject(subject.adapter, base, {"input_ids": TOKENS})
+    return lora.assert_serving_parity(lambda name: kept, now)
 
 
 @case("vllm-project/vllm#6909", "serving_parity", "at 0.5 times", control="alpha / sqrt(r)")
@@ -290,6 +355,47 @@ def a_pipeline_on_an_adapter(place: Path) -> Measurement:
 
 
 # ------------------------------------------------------------------------------ metrics
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor], *, shift: int = 1) -> torch.Tensor:
+    """Nats per token, as one writes it down; without a shift each token predicts itself."""
+    kept, ids = batch["attention_mask"].bool(), batch["input_ids"]
+    logits = model(**batch).logits[:, : ids.shape[1] - shift].transpose(1, 2)
+    told = functional.cross_entropy(logits, ids[:, shift:], reduction="none")
+    return told[kept[:, shift:] & kept[:, : ids.shape[1] - shift]].mean()
+
+
+@case("peft#3419", "metric_sound", "not shifted", control="labels one further")
+def labels_that_are_not_shifted(place: Path, sound: bool = False) -> Measurement:
+    """The forgetting metric compares each logit with the token it was given, not with the next."""
+    model = trained(llama(), lora_config("q_proj"))
+    shift = 1 if sound else 0
+    return lora.assert_metric_sound(partial(_loss, shift=shift), model, TOKENS)
+
+
+@case("peft#3419", "metric_sound", "that of the adapted model", control="the adapter disabled")
+def a_baseline_with_the_adapter_on(place: Path, sound: bool = False) -> Measurement:
+    """What the base model knew is measured with the adapter on, which is no identity."""
+    model = trained(llama(), lora_config("q_proj"))
+
+    def before(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with model.disable_adapter() if sound else contextlib.nullcontext():
+            return _loss(model, batch)
+
+    return lora.assert_metric_sound(before, model, TOKENS, declared="base")
+
+
+@case("oumi-ai/oumi#389", "metric_sound", "that of the base model",
+      control="the adapter on")  # fmt: skip
+def evaluated_without_the_adapter(place: Path, sound: bool = False) -> Measurement:
+    """The harness evaluates the model it was given, and the adapter is not at work there."""
+    model = trained(llama(), lora_config("q_proj"))
+
+    def metric(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with contextlib.nullcontext() if sound else model.disable_adapter():
+            return _loss(model, batch)
+
+    return lora.assert_metric_sound(metric, model, TOKENS)
 
 
 @case("peft#2986", "metric_sound", "mask is of the other side", control="the mask as it is")

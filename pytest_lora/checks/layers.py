@@ -68,9 +68,7 @@ def _stacks(named: Iterable[NamedTensor]) -> Mapping[str, Mapping[int, set[str]]
     """``{stack of layers: {layer: {what it has}}}``."""
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for tensor in named:
-        match = (
-            _LAYER.fullmatch(f"{tensor.module}.") if False else _LAYER.match(tensor.module + ".")
-        )
+        match = _LAYER.match(tensor.module + ".")
         if match and tensor.role in ("factor", "part", "saved", "bias"):
             what = match["rest"].rstrip(".")
             what = what if tensor.role in ("factor", "part") else f"{what}.{tensor.part}"

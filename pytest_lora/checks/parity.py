@@ -380,8 +380,8 @@ def _unexplained(found: torch.Tensor, wanted: _Reference) -> str:
     off = _off(found, wanted)
     if off <= _SMALL:
         return (
-            f"off by {off:.2g} of that effect, as a coarser format or quantised weights make it: if"
-            " they are meant, give a bound of your own"
+            f"off by {off:.2g} of that effect, as a coarser format, quantised weights or another"
+            " revision of the base make it: if they are meant, give a bound of your own"
         )
     return (
         "no other scaling and no part left out gives it: look for rows, columns or factors in"

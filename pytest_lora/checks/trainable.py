@@ -115,7 +115,9 @@ def _prepare_hot_swap(table: _Table, model: Any) -> None:
         return
     if not hasattr(config, "rank_pattern") or not isinstance(getattr(config, "r", None), int):
         return
-    rank = 2 * max(config.r, *config.rank_pattern.values(), 1)
+    # AdaLoRA's holds a list of flags for each module, or nothing.
+    ranks = [rank for rank in (config.rank_pattern or {}).values() if isinstance(rank, int)]
+    rank = 2 * max(config.r, *ranks, 1)
     try:
         with quiet():
             prepare_model_for_compiled_hotswap(model, target_rank=rank)

@@ -128,6 +128,29 @@ class Experts(torch.nn.Module):
         x = x.expand(3, -1, -1)
         return torch.cat([torch.bmm(x, self.up), torch.bmm(x, self.down)], -1)
 """
+# transformers' models of experts say by ``is_transposed`` whether the inputs come first.
+_INPUTS_FIRST = """
+class Experts(torch.nn.Module):
+    is_transposed = True
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
+
+    def forward(self, x):
+        return torch.bmm(x.expand(3, -1, -1), self.weight)
+"""
+_OUTPUTS_FIRST = """
+class Experts(torch.nn.Module):
+    is_transposed = False
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, {d}, {k}) / 4)
+
+    def forward(self, x):
+        return torch.bmm(x.expand(3, -1, -1), self.weight.mT)
+"""
 _ON_EXPERTS = """
 class Net(torch.nn.Module):
     def __init__(self):
@@ -324,6 +347,18 @@ NETWORKS: Mapping[str, Network] = {
         targets=(),
         parameters=("experts.weight",),
     ),
+    "experts, inputs first": Network(
+        _INPUTS_FIRST + _ON_EXPERTS,
+        "torch.randn(4, {k}, dtype={dtype})",
+        targets=(),
+        parameters=("experts.weight",),
+    ),
+    "experts, outputs first": Network(
+        _OUTPUTS_FIRST + _ON_EXPERTS,
+        "torch.randn(4, {k}, dtype={dtype})",
+        targets=(),
+        parameters=("experts.weight",),
+    ),
     "fused experts": Network(
         _FUSED + _ON_EXPERTS,
         "torch.randn(4, {k}, dtype={dtype})",
@@ -367,8 +402,9 @@ NETWORKS: Mapping[str, Network] = {
 """The networks by name."""
 
 ONLY_LORA = (
-    "grouped", "experts", "fused experts", "attention", "saved", "saved, by keyword",
-    "two heads", "look-alikes", "untied llama", "tied llama", "experts llama",
+    "grouped", "experts", "experts, inputs first", "experts, outputs first", "fused experts",
+    "attention", "saved", "saved, by keyword", "two heads", "look-alikes", "untied llama",
+    "tied llama", "experts llama",
 )  # fmt: skip
 """Networks that only LoRA itself is tried on: what they ask for is the same code for all methods,
 or needs a setting that only LoRA has.

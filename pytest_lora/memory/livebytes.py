@@ -229,6 +229,12 @@ class LiveBytes(TorchDispatchMode):
                     if storage not in self._records:
                         self._outside[storage] = True
 
+    @property
+    def passed_over(self) -> int:
+        """Bytes of what was passed over and is still there, meta tensors left out."""
+        there = (storage for storage in self._outside if storage.device.type != "meta")
+        return sum(self.rounding(storage.nbytes()) for storage in there)
+
     def _adopt(self, tree: Any) -> None:
         """Do not count what an operator reads and nobody has shown: it was made out of sight."""
         for tensor in tree_iter(tree):

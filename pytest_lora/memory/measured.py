@@ -256,14 +256,16 @@ def _tensors() -> Iterator[torch.Tensor]:
 
 
 def measure_memory_left(cycle: Callable[[], object], *, cycles: int = 3) -> Measurement:
-    """Bytes of tensors that ``cycles`` runs of ``cycle()`` made and something still holds.
+    """Bytes by which the tensors that something holds grow over ``cycles`` runs of ``cycle()``.
 
     It is run once before, since what is made once and kept, such as a table of a library's, is no
-    leak; and garbage is collected after each run, so that what is left has an owner.
+    leak; nor is what takes the place of something as large, such as the last answer. Garbage is
+    collected after each run, so that what is left has an owner.
 
     Returns:
-        Bytes, exactly, on whatever devices; its notes name the largest tensors (of 64 KiB and
-        more) with the operators and modules that made them.
+        Bytes, exactly, on whatever devices, between the run after which there were fewest and the
+        last one; its notes name the largest tensors (of 64 KiB and more) with the operators and
+        modules that made them.
 
     Raises:
         CannotRun: the cycle has nothing to do with tensors.
@@ -274,23 +276,32 @@ def measure_memory_left(cycle: Callable[[], object], *, cycles: int = 3) -> Meas
     cycle()
     gc.collect()
     counter = _shown_what_is_there()
-    with counter:
-        for _ in range(cycles):
+    held, unseen = [counter.passed_over], 0
+    for _ in range(cycles):
+        with counter:
             cycle()
             gc.collect()
-    unseen = _unseen(counter)
+        unseen += _unseen(counter)  # and passed over from now on
+        held.append(counter.live + counter.passed_over)
     if not counter.operators and not unseen:
         raise CannotRun(
             "no operator of torch ran in the cycle on this thread and no tensor came of it, so "
             "there was nothing to watch"
         )
+    return _left(counter, held[-1] - min(held), unseen, cycles)
+
+
+def _left(counter: LiveBytes, grown: int, unseen: int, cycles: int) -> Measurement:
+    """By how much what is held has grown; what of it is to be named, if anything."""
+    tensors = counter.left() if grown else ()
+    lines = _unseen_lines(min(unseen, grown))
     return Measurement(
-        value=counter.live + unseen,
+        value=grown,
         unit=f"bytes of tensors left by {cycles} cycles",
         count=cycles,
         details={
-            "left": [asdict(tensor) for tensor in counter.left()],
-            "notes": [*_unseen_lines(unseen), *(f"left: {tensor}" for tensor in counter.left())],
+            "left": [asdict(tensor) for tensor in tensors],
+            "notes": [*lines, *(f"left: {tensor}" for tensor in tensors)],
         },
     )
 

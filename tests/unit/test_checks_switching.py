@@ -75,6 +75,21 @@ def test_what_stays_of_a_deleted_adapter_is_caught(monkeypatch: pytest.MonkeyPat
 
 
 @since("has faults that these checks find", peft=(0, 21))
+def test_a_method_whose_patterns_are_no_ranks_is_judged() -> None:
+    """AdaLoRA's pattern says which singular values are kept, or is not there yet.
+
+    Where it is there, layers are made anew while a second adapter is loaded (docs/upstream.md).
+    """
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["body"])
+    model = peft.get_peft_model(Mlp(), config, adapter_name="policy").eval()
+    assert assert_requires_grad(model, X).value == 0
+    model.peft_config["policy"].rank_pattern = {"body.lora_E": [True, False, True, True]}
+    with pytest.raises(CheckFailed, match=r"onto a frozen one: frozen: .*lora_A\.second") as caught:
+        assert_requires_grad(model, X)
+    assert "hot-swap" not in str(caught.value.result.measurement.details["problems"])
+
+
+@since("has faults that these checks find", peft=(0, 21))
 def test_room_for_hot_swapping_that_thaws_the_adapter_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

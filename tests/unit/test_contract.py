@@ -460,6 +460,10 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "any_name",
         "ways_to_choose",
         "own_modules_saved",
+        "reads_inputs",
+        "stays_where_it_is",
+        "incomplete_files_told",
+        "whole_files_accepted",
     }
 
 
@@ -548,6 +552,16 @@ FAULTS = {
         "return self.now()(x) if self.on else",
         "x = x - x.mean(1, keepdim=True) if x.dim() == 3 else x\n"
         "        return self.now()(x) if self.on else",
+    ),
+    "the deleted are kept": (
+        "memory_given_back",
+        "del m.held[name]",
+        "m.__dict__.setdefault('gone', []).append(m.held.pop(name))",
+    ),
+    "the merged are kept": (
+        "memory_given_back",
+        "[layer.merge() for m in",
+        "[m.__dict__.setdefault('was', []).append(m.base.weight.clone()) or layer.merge() for m in",
     ),
     "another thaws the base": ("requires_grad", "LoraLinear(m.base, r, alpha, 0.0)",
                                "LoraLinear(m.base, r, alpha, 0.0)\n"

@@ -58,7 +58,7 @@ def sound_then_broken(
     names: dict[str, Any] = {"__name__": "shown"}
     with quiet(), pytest.raises(Exception) if stops else contextlib.nullcontext():
         exec(compile(caught.value.script, law, "exec"), names)
-    folders = names.get("folders", ())
+    folders = names.get("folders", [])
     for folder in folders.values() if isinstance(folders, dict) else folders:
         folder.cleanup()
 
@@ -619,3 +619,207 @@ def test_only_what_starts_from_the_base_is_converted() -> None:
     assert excludes(LORA)
     assert excludes(method("LORA+loftq"))
     assert not excludes(method("LORA+pissa"))
+
+
+# ------------------------------------------------------------------------------ what is read
+
+
+@pytest.mark.parametrize("order", ["inputs first", "outputs first"])
+def test_factors_that_read_outputs_are_caught(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed where they are made and where they are used, they give a sound product."""
+    from peft.tuners.lora import layer
+
+    original = layer.ParamWrapper.update_layer
+
+    def turned(self: Any, *args: Any, **kwargs: Any) -> None:
+        experts = self.get_base_layer()
+        if "declared" not in vars(experts):
+            experts.declared = getattr(experts, "is_transposed", False)
+        experts.is_transposed = not experts.declared
+        original(self, *args, **kwargs)
+
+    network = f"experts, {order}"
+    sound_then_broken(
+        "reads_inputs",
+        lambda: monkeypatch.setattr(layer.ParamWrapper, "update_layer", turned),
+        "A of experts has 24 columns, the layer 16 inputs",
+        network=network,
+    )
+    hold("merge_equivalence", network="experts")
+
+
+def test_a_factor_that_reads_another_input_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import layer
+
+    original = layer.Linear.forward
+    sound_then_broken(
+        "reads_inputs",
+        lambda: monkeypatch.setattr(
+            layer.Linear, "forward", lambda self, x, *rest: original(self, x.flip(-1), *rest)
+        ),
+        "no A reads input",
+    )
+
+
+def test_a_second_adapter_in_another_format_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    original = PeftModel.add_adapter
+    sound_then_broken(
+        "dtypes_kept",
+        lambda: monkeypatch.setattr(
+            PeftModel, "add_adapter",
+            lambda self, name, config: original(self, name, config, autocast_adapter_dtype=False),
+        ),
+        r"added: .* of the first adapter is torch\.float32|added: .* is torch\.bfloat16",
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_what_a_deleted_adapter_leaves_in_a_list_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    original = BaseTunerLayer.delete_adapter
+    kept: list[Any] = []
+
+    def hoards(self: Any, adapter_name: str) -> None:
+        kept.append(self.lora_A[adapter_name])
+        original(self, adapter_name)
+
+    sound_then_broken(
+        "memory_given_back",
+        lambda: monkeypatch.setattr(BaseTunerLayer, "delete_adapter", hoards),
+        "an adapter, and again: .* bytes more are held each time",
+        network="saved",
+    )
+
+
+def test_what_an_unloaded_model_keeps_for_good_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraModel
+
+    original = LoraModel.unload
+    kept: list[Any] = []
+
+    def hoards(self: Any) -> Any:
+        kept.append([p for name, p in self.named_parameters() if "lora_" in name])
+        return original(self)
+
+    sound_then_broken(
+        "memory_given_back",
+        lambda: monkeypatch.setattr(LoraModel, "unload", hoards),
+        "attaching, and again",
+    )
+
+
+@pytest.mark.parametrize("keeps", ["all", "the last"])
+def test_a_merge_that_keeps_each_weight_is_caught(
+    keeps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that keeps the last one only."""
+    from peft.tuners.lora import layer
+
+    original = layer.Linear.merge
+    kept: dict[Any, Any] = {}
+
+    def keeping(self: Any, *args: Any, **kwargs: Any) -> None:
+        key = len(kept) if keeps == "all" else id(self)
+        kept[key] = self.get_base_layer().weight.detach().clone()
+        original(self, *args, **kwargs)
+
+    if keeps == "all":
+        sound_then_broken(
+            "memory_given_back",
+            lambda: monkeypatch.setattr(layer.Linear, "merge", keeping),
+            "merging, and again",
+        )
+        return
+    monkeypatch.setattr(layer.Linear, "merge", keeping)
+    hold("memory_given_back")
+    assert len(kept) == 2
+
+
+# ------------------------------------------------------------------------------ what is told
+
+
+def test_a_tensor_that_is_missing_without_a_word_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One too many is a known deviation; it is told apart, and from names that are always there."""
+    from peft import PeftModel, peft_model
+
+    def found() -> list[str]:
+        with pytest.raises(ContractBroken) as caught:
+            hold("incomplete_files_told")
+        return [caught.value.found, *caught.value.also]
+
+    [too_much] = found()
+    assert too_much.startswith("from_pretrained: the file has, and none needs, base_model.model.no")
+    monkeypatch.setattr(peft_model.warnings, "warn", lambda *args, **kwargs: None)
+    assert [text.partition(" base_model")[0] for text in found()] == [
+        "from_pretrained: the file lacks", "from_pretrained: the file has, and none needs,",
+    ]  # fmt: skip
+    original = PeftModel.load_adapter
+
+    def lists_everything(self: Any, *args: Any, **kwargs: Any) -> Any:
+        told = original(self, *args, **kwargs)
+        told.missing_keys[:] = [name for name, _ in self.named_parameters()]
+        return told
+
+    monkeypatch.setattr(PeftModel, "load_adapter", lists_everything)
+    assert any(text.startswith("load_adapter: the file lacks") for text in found())
+
+
+def test_a_tensor_that_is_there_and_said_to_be_missing_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft import PeftModel
+
+    original = PeftModel.load_adapter
+
+    def misses_the_base(self: Any, *args: Any, **kwargs: Any) -> Any:
+        told = original(self, *args, **kwargs)
+        told.missing_keys.append("base_model.model.up.base_layer.weight")
+        return told
+
+    sound_then_broken(
+        "whole_files_accepted",
+        lambda: monkeypatch.setattr(PeftModel, "load_adapter", misses_the_base),
+        "from_pretrained: the file fits, and base_model.model.up.base_layer.weight",
+    )
+    monkeypatch.undo()
+    with pytest.raises(ContractBroken, match=r"load_adapter as 'b'.*lora_A\.one\.weight"):
+        hold("whole_files_accepted", seed=1)
+
+
+# ------------------------------------------------------------------------------ put away
+
+
+@pytest.mark.parametrize("how", ["moved", "made anew"])
+def test_an_adapter_that_was_put_away_and_is_brought_back_is_caught(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    original = BaseTunerLayer._move_adapter_to_device_of_base_layer
+
+    def moves_all(self: Any, *given: Any, **more: Any) -> None:
+        self.to("cpu")
+
+    def makes_anew(self: Any, *given: Any, **more: Any) -> None:
+        original(self, *given, **more)
+        for factor in self.lora_A.values():
+            if factor.weight.is_meta:
+                factor.weight = torch.nn.Parameter(torch.zeros(factor.weight.shape))
+
+    spoiled = moves_all if how == "moved" else makes_anew
+    says = "it copies what was put away" if how == "moved" else "not where they were put"
+    sound_then_broken(
+        "stays_where_it_is",
+        lambda: monkeypatch.setattr(
+            BaseTunerLayer, "_move_adapter_to_device_of_base_layer", spoiled
+        ),
+        f"add of another adapter: .*{says}",
+    )

@@ -307,6 +307,42 @@ def test_a_tensor_kept_is_a_leak_with_its_maker() -> None:
     assert "2 x " in str(result.measurement.notes)
 
 
+def test_what_takes_the_place_of_something_as_large_is_no_leak(tmp_path: Path) -> None:
+    """The last answer that is kept, a cache of one entry, a weight that is replaced, a file read
+    again.
+    """
+    kept: dict[str, Any] = {}
+    layer = torch.nn.Linear(300, 300)
+    LlamaForCausalLM(cases.llama()).save_pretrained(tmp_path)
+
+    def cycle() -> None:
+        kept["answer"] = layer(torch.ones(3, 300))
+        layer.weight = torch.nn.Parameter(layer.weight.detach() * 2)
+        kept["model"] = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    found = assert_no_memory_left(cycle, cycles=2)
+    assert found.value == 0
+    assert not found.details["left"]
+
+
+def test_what_was_there_before_and_is_let_go_hides_no_leak() -> None:
+    early = [torch.ones(1000), torch.ones(500_000)]
+    kept: list[Any] = []
+    empty: list[Any] = []
+
+    def cycle() -> None:
+        if len(kept) == 1:
+            early.clear()
+        kept.append(torch.ones(30))
+
+    with pytest.raises(CheckFailed, match="bytes of tensors left"):
+        assert_no_memory_left(cycle, cycles=3)
+    assert measure_memory_left(lambda: early.append(torch.ones(7)), cycles=4).value == 4 * 28
+    assert measure_memory_left(lambda: early and early.pop() + 1, cycles=2).value == 0
+    no_memory = measure_memory_left(lambda: empty.append(torch.ones(9, device="meta")), cycles=2)
+    assert no_memory.value == 0
+
+
 def test_a_model_kept_that_was_read_from_a_file_is_a_leak(tmp_path: Path) -> None:
     """No operator makes its weights: other threads map the file."""
     kept: list[Any] = []

@@ -501,3 +501,16 @@ def test_a_structure_names_the_tensors_of_wrapped_modules() -> None:
     assert structure.owner("lm_head.weight") == (model.lm_head, "weight")
     model.lm_head.weight = None
     assert dict(structure.tensors())["lm_head.weight"] is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_other_adapters_of_a_live_model_are_not_there_while_one_is_judged(name: str) -> None:
+    """Nor is the one that is judged, under its own name: PEFT would take it for another one."""
+    config = peft.LoraConfig(target_modules=["0"], bias="all")  # of which PEFT allows one
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), config, adapter_name=name)
+    subject = Subject.from_model(model, {"input": torch.ones(1, 4)})
+    with subject.attached(is_trainable=True) as attached:
+        assert list(attached.peft_config) == ["default"]
+    subject.release()
+    assert list(model.peft_config) == [name]
+    model.base_model.set_adapter(name)

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest_lora as lora
 from pytest_lora.checks.bits import how_different
 from pytest_lora.contract.derivatives import hold_gradients
-from pytest_lora.contract.dialects import FIRST
+from pytest_lora.contract.dialects import FIRST, SECOND
 from pytest_lora.contract.experiment import NOT_PLAIN, Experiment
-from pytest_lora.contract.law import LawTable, not_plain
-from pytest_lora.contract.laws.steps import HASH_SEEDS, own_terms, require_untouched_base
+from pytest_lora.contract.law import LawTable, not_plain, not_usual_lora
+from pytest_lora.contract.laws.steps import (
+    HASH_SEEDS,
+    own_terms,
+    require_untouched_base,
+)
 from pytest_lora.errors import NotApplicable
 from pytest_lora.loading import quiet
 
@@ -121,6 +125,36 @@ def add(times):
 """
 
 
+@_law("linear", "conv1d", "convolution", "experts, inputs first", "experts, outputs first",
+      excludes=not_usual_lora)  # fmt: skip
+def reads_inputs(it: Experiment) -> None:
+    """A reads what the layer reads: an input that no A reads has no part in the adapter's output.
+
+    A product transposed on both ways is a product as well, which only another one's file shows.
+    """
+    it.attach()
+    it.trial.run(_ALONE)
+    place = it.case.seed % it.x.shape[1]
+    for name, A in it.trial.names["read"].items():
+        if A.shape[1] != it.x.shape[1]:
+            raise it.trial.broken(
+                f"A of {name} has {A.shape[1]} columns, the layer {it.x.shape[1]} inputs",
+                f"assert read[{name!r}].shape[1] == x.shape[1], read[{name!r}].shape",
+            )
+    it.trial.run(f"for A in read.values():\n    A.data[:, {place}] = 0\nalone = run()")
+    it.trial.run(f"x[:, {place}] += 1")
+    it.expect_bits(it.trial.names["alone"], "alone", f"no A reads input {place}, which is another")
+
+
+_ALONE = f"""
+read = {{name: layer.lora_A[{FIRST!r}].weight for name, layer in net.named_modules()
+        if {FIRST!r} in getattr(layer, 'lora_A', ())}}
+for name, p in net.named_parameters():
+    if 'lora_' not in name:
+        p.data.zero_()  # what is left is the adapter's
+"""
+
+
 @_law("linear", "conv1d", excludes=not_plain)
 def linear_in_scaling(it: Experiment) -> None:
     """Three times the scaling is three times the change, none is none, once is as before."""
@@ -189,7 +223,10 @@ def train_and_eval(it: Experiment) -> None:
 
 @_law(any_half=True)
 def dtypes_kept(it: Experiment) -> None:
-    """Attaching, running, merging and unmerging leave the dtypes of base and output alone."""
+    """Attaching, running, merging and unmerging leave the dtypes of base and output alone.
+
+    A second adapter has those of the first.
+    """
     dtypes = {name: tensor.dtype for name, tensor in it.own.items()}
     net = it.trial.names["net"]
     it.attach()
@@ -209,6 +246,25 @@ def dtypes_kept(it: Experiment) -> None:
                     f"{label}: {name} of the base became {now.dtype}",
                     "for name, p in net.named_parameters(): print(name, p.dtype)",
                 )
+    _second_alike(it)
+
+
+def _second_alike(it: Experiment) -> None:
+    """What is added trains in the format in which what was attached trains."""
+    try:
+        it.say("add", SECOND, it.case.other())
+    except NotApplicable:
+        return  # one adapter is all there can be
+    now = "{name: p.dtype for name, p in model.named_parameters()}"
+    found: dict[str, torch.dtype] = it.trial.value(now)
+    for name, dtype in found.items():
+        first = name.replace(f".{SECOND}", f".{FIRST}")
+        if found.get(first, dtype) != dtype:
+            raise it.trial.broken(
+                f"added: {name} is {dtype}, that of the first adapter is {found[first]}",
+                f"dtypes = {now}",
+                f"assert dtypes[{name!r}] == dtypes[{first!r}]",
+            )
 
 
 def _now(net: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:

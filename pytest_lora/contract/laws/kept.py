@@ -1,8 +1,11 @@
-"""Laws about what is left alone: weights of the base, parameters and their flags, the network."""
+"""Laws about what is left alone: weights of the base, parameters and their flags, the network, and
+the room that there is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -195,3 +198,79 @@ def parts(net):
     return {(name, part) for name, module in net.named_modules()
             for part in (*vars(module), *(p for kind in kinds for p in getattr(module, kind)))}
 """
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+@_law("linear", "saved", sampled=True)
+def memory_given_back(it: Experiment) -> None:
+    """What comes and goes again and again piles up no memory: adapters, merges, training, wrappers.
+
+    Bytes of the tensors that Python knows; one that takes another's place adds none.
+    """
+    it.attach()
+    it.trial.run(_HELD)
+    cycles = {"training": ("train",), "merging": ("merge", "unmerge"),
+              "an adapter": ("add", "activate", "train", "back", "delete"),
+              "attaching": ("unload",)}  # fmt: skip
+    tried = [what for what, steps in cycles.items() if _piles_up_nothing(it, what, steps)]
+    if tried == ["training"] and not it.is_peft:
+        raise NotApplicable("it has no merge, and no adapters that come and go")
+
+
+def _piles_up_nothing(it: Experiment, what: str, steps: Sequence[str]) -> bool:
+    """Whether the steps can be carried out; the first time may fill caches."""
+    it.trial.run("bytes_held = []")
+    for _ in range(_TIMES):
+        try:
+            for step in steps:
+                _step(it, step)
+        except NotApplicable:
+            return False
+        it.trial.run("bytes_held.append(held())")
+    sizes = it.trial.names["bytes_held"]
+    grown = [after - before for before, after in itertools.pairwise(sizes)]
+    if min(grown) > 0:
+        raise it.trial.broken(
+            f"{what}, and again: {min(grown)} bytes more are held each time",
+            "assert not all(a < b for a, b in zip(bytes_held, bytes_held[1:])), bytes_held",
+        )
+    return True
+
+
+_TIMES = 4
+_HELD = """
+import gc
+
+def held():
+    gc.collect()
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    found = [t for t in gc.get_objects() if type(t) in kinds and not t.is_meta]
+    parts = [t.untyped_storage() for t in found if t.layout == torch.strided]
+    return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+"""
+
+
+def _step(it: Experiment, step: str) -> None:
+    if step == "train":
+        run = f"model.train()\ny = {it.case.net.call}\n"
+        it.must(run + "y.sum().backward() if y.requires_grad else None\ndel y\nmodel.eval()")
+        it.must("for p in model.parameters():\n    p.grad = None")
+        return
+    if step == "unload":
+        _attach_again(it)
+        return
+    given = {"add": (SECOND, it.case.other()), "activate": (SECOND,), "back": (FIRST,),
+             "delete": (SECOND,)}  # fmt: skip
+    it.say("activate" if step == "back" else step, *given.get(step, ()))
+
+
+def _attach_again(it: Experiment) -> None:
+    """Take the adapter off the network, and put another one on; whether PEFT can is not asked."""
+    dialect = require_peft(it)
+    try:
+        it.trial.run("net = model.unload()")
+        dialect.attach(it.trial, it.case)
+    except Refused as refusal:
+        raise NotApplicable(f"not unloaded: {refusal}") from None

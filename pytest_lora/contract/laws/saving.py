@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from pytest_lora import fresh
 from pytest_lora.adapter import read_adapter
 from pytest_lora.checks.bits import how_different, same_bits
 from pytest_lora.contract.dialects import FIRST, SECOND, Dialect, OwnClass, Peft
-from pytest_lora.contract.experiment import Experiment
+from pytest_lora.contract.experiment import Experiment, is_refusal
 from pytest_lora.contract.law import LawTable, without
 from pytest_lora.contract.laws.steps import (
     HASH_SEEDS,
+    NOWHERE,
     anew,
     configure,
     renew,
@@ -362,3 +364,98 @@ def _all_that_trained(it: Experiment) -> None:
                 " file of the converted adapter",
                 f"assert torch.equal(file[{key!r}], state[{key!r}])",
             )
+
+
+# ------------------------------------------------------------------------------ what is told
+
+
+@_law(sampled=True)
+def incomplete_files_told(it: Experiment) -> None:
+    """Who loads a file hears of a tensor that it lacks, and of one that belongs nowhere."""
+    dialect = require_peft(it, "its files are its own affair")
+    with _written(it):
+        key = random.Random(it.case.seed).choice(sorted(it.trial.names["state"]))
+        odd = ".".join([*key.split(".")[:2], NOWHERE, *key.split(".")[-2:]])
+        less = f"{{key: t for key, t in state.items() if key != {key!r}}}"
+        more = f"{{**state, {odd!r}: state[{key!r}].clone()}}"
+        found = []
+        for way in _WAYS:
+            usual = _told(it, dialect, way, "state", SECOND)
+            for tensors, name, fault in ((less, key, "lacks"), (more, odd, "has, and none needs,")):
+                told = _told(it, dialect, way, tensors, SECOND) - usual
+                if _bare(name) not in {_bare(other) for other in told}:
+                    found.append(f"{way}: the file {fault} {name}, and nobody is told")
+    if found:
+        raise it.trial.broken(found[0], "assert told, 'nobody is told'", also=found[1:])
+
+
+def _bare(name: str) -> tuple[str, ...]:
+    """A tensor's name without the adapter's, which a file leaves out."""
+    return tuple(part for part in name.split(".") if part not in (FIRST, SECOND))
+
+
+@_law(sampled=True)
+def whole_files_accepted(it: Experiment) -> None:
+    """Who loads a file that fits hears of no tensor that is missing, or too much."""
+    dialect = require_peft(it, "its files are its own affair")
+    name = (SECOND, "b")[it.case.seed % 2]  # the latter is a part of many names
+    with _written(it):
+        for way in _WAYS:
+            told = _told(it, dialect, way, "state", name)
+            if told:
+                how = f"{way} as {name!r}" if way == "load_adapter" else way
+                raise it.trial.broken(
+                    f"{how}: the file fits, and {min(told)} and {len(told) - 1} more are said to be"
+                    " missing, or too much",
+                    "assert not told, told",
+                )
+
+
+_WAYS = ("from_pretrained", "load_adapter")
+_LOADING = """
+import re, tempfile, warnings
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+def loading(load, tensors):
+    save_file(tensors, file, metadata={"format": "pt"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = load(file.parent)
+    lists = [getattr(result, f"{kind}_keys", ()) for kind in ("missing", "unexpected")]
+    said = [*(str(warning.message) for warning in caught), *map(str, lists)]
+    return set(re.findall("base_model[.][^ ',]+", " ".join(said)))
+"""
+
+
+@contextlib.contextmanager
+def _written(it: Experiment) -> Iterator[None]:
+    """The adapter's ``file`` in an empty folder, and its tensors, ``state``."""
+    require_untouched_base(it)
+    it.attach()
+    it.trial.run(_LOADING)
+    with _folders(it):
+        it.must("model.save_pretrained(folders[0].name)")
+        it.trial.run(f"file = Path(folders[0].name, {FIRST!r}, 'adapter_model.safetensors')")
+        it.must("state = load_file(file)")
+        yield
+
+
+def _told(it: Experiment, dialect: Peft, way: str, tensors: str, name: str) -> set[str]:
+    """Names of tensors in what is said while loading: warnings, lists that are returned, or an
+    exception.
+    """
+    dialect.build(it.trial, it.case)
+    load = f"lambda path: peft.PeftModel.from_pretrained(net, path, adapter_name={FIRST!r})"
+    if way == "load_adapter":  # beside one that is there already
+        dialect.attach(it.trial, it.case)
+        load = f"lambda path: model.load_adapter(path, {name!r})"
+    try:
+        it.trial.run(f"told = loading({load}, {tensors})")
+    except Refused as refusal:
+        if tensors == "state" or is_refusal(refusal.error):
+            raise it.outcome(refusal) from None
+        it.trial.drop_refused()
+        return set(re.split("[ '\",]+", str(refusal.error)))
+    told: set[str] = it.trial.names["told"]
+    return told

@@ -288,6 +288,59 @@ def eval_mode_kept(it: Experiment) -> None:
             )
 
 
+@_law("linear", "embedding", sampled=True)
+def stays_where_it_is(it: Experiment) -> None:
+    """An adapter that was put on another device stays there while others come, work and go.
+
+    Who keeps many adapters keeps those at rest off the device that the model is on; here they are
+    on the meta device, which takes no memory.
+    """
+    require_peft(it, "where a class of one's own keeps what, it knows itself")
+    it.attach()
+    it.trial.run(_PUT_AWAY)
+    if not it.trial.names["away"]:
+        raise NotApplicable("it has no tensors of its own")
+    for done in ("add", "activate", "merge", "unmerge", "delete"):
+        given = {"add": (SECOND, it.case.other()), "activate": (SECOND,), "delete": (SECOND,)}
+        _say_at_rest(it, done, *given.get(done, ()))
+        if done == "activate":
+            it.output()
+        moved = it.trial.value(_MOVED)
+        if moved:
+            raise it.trial.broken(
+                f"{done} of another adapter: {moved[0]} and {len(moved) - 1} more are not where"
+                " they were put",
+                f"assert not {_MOVED}",
+            )
+
+
+def _say_at_rest(it: Experiment, operation: str, *given: Any) -> None:
+    """Carry it out; to copy numbers that are nowhere is to ask for an adapter that is at rest."""
+    try:
+        it.dialect.say(it.trial, operation, *given)
+    except Refused as refusal:
+        if "meta tensor" in str(refusal.error):
+            raise it.trial.broken(
+                f"{operation} of another adapter: it copies what was put away: {refusal}"
+            ) from None
+        raise it.outcome(refusal) from None
+
+
+_PUT_AWAY = f"""
+away = {{}}
+for where, module in model.named_modules():
+    for key, p in list(module._parameters.items()):
+        name = f"{{where}}.{{key}}"
+        if p is not None and {FIRST!r} in name.split(".") and "original_module" not in name:
+            away[name] = torch.nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+            module._parameters[key] = away[name]
+"""
+_MOVED = (
+    "[name for name, p in away.items() if dict(model.named_parameters()).get(name) is not p"
+    " or not p.is_meta]"
+)
+
+
 # ------------------------------------------------------------------------------ come and gone
 
 
