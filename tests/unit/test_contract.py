@@ -575,7 +575,7 @@ FAULTS = {
 SEEN = {
     "factors of a set": "in two processes with PYTHONHASHSEED=0 and ",
     "saved in the order of a set": "loaded in a fresh process with PYTHONHASHSEED=",
-    "kept in memory": "loaded in a fresh process with PYTHONHASHSEED=0: in a fresh process: Attr",
+    "kept in memory": "loaded in a fresh process: Attr",
     "combination in place": "combine(['one'], [-1.0])",
     "positions are averaged": "as a sequence padded",
     "another thaws the base": "after add: up.weight of the base trains",

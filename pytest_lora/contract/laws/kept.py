@@ -4,8 +4,10 @@ the room that there is.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -214,9 +216,24 @@ def memory_given_back(it: Experiment) -> None:
     cycles = {"training": ("train",), "merging": ("merge", "unmerge"),
               "an adapter": ("add", "activate", "train", "back", "delete"),
               "attaching": ("unload",)}  # fmt: skip
-    tried = [what for what, steps in cycles.items() if _piles_up_nothing(it, what, steps)]
+    with _nothing_else_to_look_through():
+        tried = [what for what, steps in cycles.items() if _piles_up_nothing(it, what, steps)]
     if tried == ["training"] and not it.is_peft:
         raise NotApplicable("it has no merge, and no adapters that come and go")
+
+
+@contextlib.contextmanager
+def _nothing_else_to_look_through() -> Iterator[None]:
+    """What is there already takes no part in collections, which would cost a second and more."""
+    others = gc.get_freeze_count()
+    if others:  # garbage would stay with them
+        gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not others:
+            gc.unfreeze()
 
 
 def _piles_up_nothing(it: Experiment, what: str, steps: Sequence[str]) -> bool:
