@@ -464,6 +464,9 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "stays_where_it_is",
         "incomplete_files_told",
         "whole_files_accepted",
+        "converted",
+        "trained_biases",
+        "loaded_by_transformers",
     }
 
 
