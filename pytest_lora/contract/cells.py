@@ -103,6 +103,8 @@ class Cell:
         law: id of the law.
         decided: how often the law was decided: examples, or steps of the sequences.
         tried: examples up to the first that failed, before any of them is made smaller.
+        failed: whether one has failed.
+        broken_down: what keeps it from being tried at all, such as a process that does not start.
     """
 
     dialect: Dialect
@@ -110,6 +112,7 @@ class Cell:
     decided: int = 0
     tried: int = 0
     failed: bool = False
+    broken_down: CannotRun | None = None
     reasons: list[str] = field(default_factory=list)
     seen: set[Known] = field(default_factory=set)
 
@@ -153,6 +156,12 @@ class Cell:
         return case
 
     def _once(self, attempt: Callable[[], None]) -> None:
+        if self.broken_down is None:
+            self._attempt(attempt)
+        if self.broken_down is not None:  # at once: no smaller example will tell more of it
+            raise self.broken_down
+
+    def _attempt(self, attempt: Callable[[], None]) -> None:
         try:
             with quiet(), self._accurate():
                 attempt()
@@ -160,10 +169,10 @@ class Cell:
         except NotApplicable as reason:
             self.reasons.append(str(reason))
         except CannotRun as reason:
-            if not reason.missing:
-                self.failed = True
-                raise
-            self.reasons.append(f"cannot run: {reason}")
+            if reason.missing:
+                self.reasons.append(f"cannot run: {reason}")
+            else:
+                self.failed, self.broken_down = True, reason
         except ContractBroken as broken:
             if not self._excuse(broken):
                 raise

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -911,6 +912,21 @@ def test_a_check_that_cannot_be_carried_out_is_a_failure_unless_the_machine_lack
         it.judge(cast("Any", None), lacking)
     with pytest.raises(ContractBroken, match="no layer could be judged"):
         it.judge(cast("Any", None), failing)
+
+
+def test_what_keeps_a_law_from_being_tried_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting processes that do not start, again and again, would take minutes to shrink."""
+    tried = []
+
+    def dying(it: Any) -> None:
+        tried.append(it)
+        raise CannotRun("a fresh process died")
+
+    laws: Any = LAWS
+    monkeypatch.setitem(laws, "forward", replace(laws["forward"], hold=dying))
+    verdict = try_cell(cell("forward"), examples=20)
+    assert (verdict.result, verdict.reason) == (Result.FAIL, "CannotRun: a fresh process died")
+    assert len(tried) == 1
 
 
 # ------------------------------------------------------------------------------ judging nothing
