@@ -191,7 +191,7 @@ BUGS = (
     _bug("peft#3318", "layers_to_transform chooses experts",
          "chosen_layers", r"adapted are inner\.", "0.19.1", "0.20.0"),
     _bug("peft#3376", "settings of a deleted adapter stay",
-         "deleted", "still a key", "0.19.1", "0.20.0", "LORA"),
+         "name_forgotten", "still a key", "0.19.1", "0.20.0", "LORA"),
     _bug("peft#3396", "a merge in half precision replaces the factors of an embedding",
          "parameters_kept", "another object", "0.19.1", "0.20.0", "LORA"),
     _bug("peft#3427", "a grouped convolution cannot be prepared for hot swaps",

@@ -466,6 +466,7 @@ def test_a_class_with_every_function_is_held_against_every_law_it_can_be(module:
         "incomplete_files_told",
         "whole_files_accepted",
         "converted",
+        "name_forgotten",
         "trained_biases",
         "loaded_by_transformers",
     }

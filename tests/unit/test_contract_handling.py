@@ -249,7 +249,7 @@ def test_what_is_kept_of_a_deleted_adapter_is_caught(monkeypatch: pytest.MonkeyP
 
     some = tuple(name for name in layer.LoraLayer.other_param_names if name != "use_rslora")
     sound_then_broken(
-        "deleted",
+        "name_forgotten",
         lambda: monkeypatch.setattr(layer.LoraLayer, "other_param_names", some),
         "deleted, and still a key of base_model.model.down.use_rslora and 1 more",
     )
