@@ -385,7 +385,7 @@ def _same_tensors(it: Experiment) -> None:
 
 @_law("linear", "saved", "embedding", sampled=True)
 def name_forgotten(it: Experiment) -> None:
-    """Nothing is kept by the name of a deleted adapter, where another of that name would find it."""
+    """Nothing is kept by the name of a deleted adapter, for another of that name to find."""
     require_peft(it, "what a class of one's own keeps, it keeps where it likes")
     it.attach()
     it.trial.run(_LEFT)
