@@ -551,20 +551,3 @@ def validated_in_training_mode(place: Path, sound: bool = False) -> Measurement:
 
     model = trained(llama(), lora_config("q_proj", lora_dropout=0.5))
     return lora.assert_metric_sound(metric, model, TOKENS)
-
-
-@case("oumi-ai/oumi#389", "metric_sound", "that of the base model", control="with the adapter")
-def evaluated_without_the_adapter(place: Path, sound: bool = False) -> Measurement:
-    """The evaluation ignores the adapter that it was given and scores the base model."""
-    import contextlib
-
-    from torch.nn import functional
-
-    def metric(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        kept = batch["attention_mask"].bool()
-        kept, ids = kept[:, 1:] & kept[:, :-1], batch["input_ids"]
-        with contextlib.nullcontext() if sound else model.disable_adapter():
-            scores = model(**batch).logits[:, :-1].transpose(1, 2)
-        return functional.cross_entropy(scores, ids[:, 1:], reduction="none")[kept].mean()
-
-    return lora.assert_metric_sound(metric, trained(llama(), lora_config("q_proj")), TOKENS)
