@@ -744,6 +744,15 @@ def test_a_merge_that_keeps_each_weight_is_caught(
 # ------------------------------------------------------------------------------ what is told
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tensor_that_is_told_of_under_its_name_in_the_model_is_told_of(seed: int) -> None:
+    """DoRA's magnitudes have another name in a file, and one is taken out with some of the seeds."""
+    with pytest.raises(ContractBroken) as caught:
+        hold("incomplete_files_told", method("LORA+dora"), seed=seed)
+    assert not caught.value.also
+    assert "the file has, and none needs" in caught.value.found
+
+
 def test_a_tensor_that_is_missing_without_a_word_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
