@@ -131,10 +131,16 @@ def run_side_by_side(job: Job | Script, hash_seeds: Sequence[int]) -> list[Fresh
         CannotRun: as :func:`run_fresh`; of several the first one's.
     """
     job = dataclasses.replace(job, numeric=numeric_state())  # of this thread
+    home = _place()  # one, made before there are threads
     if _forks(job):
         get_ready(hash_seeds)
     with ThreadPoolExecutor(len(hash_seeds)) as pool:
-        return list(pool.map(lambda seed: _run(job, None, seed, TIMEOUT), hash_seeds))
+        try:
+            return list(pool.map(lambda seed: _run(job, None, seed, TIMEOUT), hash_seeds))
+        except BaseException:  # nobody waits for the others, least of all after Ctrl-C
+            for seed in hash_seeds:
+                _forget(home, seed)
+            raise
 
 
 def _forks(job: Job | Script) -> bool:

@@ -191,6 +191,13 @@ class Gradient:
     reached: torch.Tensor | None = None
 
 
+def _either(seen: torch.Tensor | None, now: torch.Tensor) -> torch.Tensor:
+    """Both together, or the later one if they are not of one place and shape."""
+    if seen is None or (seen.shape, seen.device) != (now.shape, now.device):
+        return now
+    return seen | now
+
+
 class GradientWatch:
     """Gradients as they come in, whatever the step does with them afterwards.
 
@@ -230,7 +237,7 @@ class GradientWatch:
             into.finite = into.finite and bool(grad.isfinite().all())
             into.zero = into.zero and not bool(grad.any())
             if reach:
-                into.reached = (grad != 0) if into.reached is None else into.reached | (grad != 0)
+                into.reached = _either(into.reached, grad != 0)
             if self._keep:
                 into.value = grad.detach().clone()
                 into.norms = (*into.norms, float(grad.double().norm()))

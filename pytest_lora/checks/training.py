@@ -153,7 +153,7 @@ def _why_unmoved(declared: Declared, watch: GradientWatch, name: str) -> str:
     )
 
 
-_IN_FLOAT32 = "keep the adapter in float32"
+_IN_FLOAT32 = "keep the adapter in float32, unless the optimizer has float32 copies of its own"
 
 
 def _is_coarse(tensor: torch.Tensor) -> bool:
@@ -171,17 +171,21 @@ def _rounded_away(
     """What is remarked of a tensor that moved, where most numbers with a gradient did not."""
     stuck = {}
     for name, old in before.items():
-        reached = watch.seen[name].reached
-        if reached is not None and bool(reached.any()):
-            still = (declared.trainable[name].detach() == old) & reached
+        reached, now = watch.seen[name].reached, declared.trainable[name].detach()
+        if reached is None or {(t.shape, t.device) for t in (now, reached)} != {
+            (old.shape, old.device)
+        }:
+            continue  # moved or taken apart meanwhile
+        if bool(reached.any()):
+            still = (now == old) & reached
             stuck[name] = float(still.sum() / reached.sum())
     most = {name: share for name, share in stuck.items() if 0.5 < share < 1}
     if most:
         worst = max(most, key=lambda name: most[name])
         yield (
             f"{_name_of(before[worst])} rounds steps away: of the numbers that had a gradient"
-            f" {most[worst]:.0%} are as before in {worst}, and most in {len(most)} tensors: each"
-            f" step is less than half a unit in their last place; {_IN_FLOAT32}"
+            f" {most[worst]:.0%} are as before in {worst}, and most in {len(most)} tensors;"
+            f" {_IN_FLOAT32}"
         )
 
 

@@ -76,8 +76,14 @@ def parameters_kept(it: Experiment) -> None:
     before: Before = it.trial.names["before"]
     adapter = {name for name, (parameter, *_) in before.items() if id(parameter) not in own}
     for operation in ("merge", "unmerge", "disable", "enable"):
+        if operation == "merge" and not _may_unmerge(it):
+            continue  # what is merged for good may be gone, or frozen
         if _done(it, operation):
             _same_parameters(it, before, adapter, operation)
+
+
+def _may_unmerge(it: Experiment) -> bool:
+    return not isinstance(it.dialect, OwnClass) or it.dialect.offers("unmerge")
 
 
 def _done(it: Experiment, operation: str) -> bool:
@@ -137,6 +143,8 @@ def _own_training(it: Experiment, dialect: OwnClass) -> None:
     calls: list[tuple[tuple[Any, ...], str]] = [*alone]
     calls += several if dialect.offers("add") else []
     for (operation, *given), active in calls:
+        if operation == "merge" and not _may_unmerge(it):
+            continue
         if dialect.offers(operation):
             it.say(operation, *given)
             _trains(it, dialect, active, f"after {operation}")
@@ -213,8 +221,8 @@ def memory_given_back(it: Experiment) -> None:
     """
     it.attach()
     it.trial.run(_HELD)
-    cycles = {"training": ("train",), "merging": ("merge", "unmerge"),
-              "an adapter": ("add", "activate", "train", "back", "delete"),
+    cycles = {"training": ("train",), "an adapter": ("add", "activate", "train", "back", "delete"),
+              "merging": ("merge", "unmerge") if _may_unmerge(it) else (),
               "attaching": ("unload",)}  # fmt: skip
     with _nothing_else_to_look_through():
         tried = [what for what, steps in cycles.items() if _piles_up_nothing(it, what, steps)]
@@ -224,20 +232,24 @@ def memory_given_back(it: Experiment) -> None:
 
 @contextlib.contextmanager
 def _nothing_else_to_look_through() -> Iterator[None]:
-    """What is there already takes no part in collections, which would cost a second and more."""
-    others = gc.get_freeze_count()
-    if others:  # garbage would stay with them
-        gc.collect()
+    """What is there already takes no part in collections, which would cost a second and more.
+
+    Where somebody has frozen things already, who will want them to stay so, none are added.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield
     finally:
-        if not others:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def _piles_up_nothing(it: Experiment, what: str, steps: Sequence[str]) -> bool:
     """Whether the steps can be carried out; the first time may fill caches."""
+    if not steps:
+        return False
     it.trial.run("bytes_held = []")
     for _ in range(_TIMES):
         try:
@@ -263,7 +275,8 @@ import gc
 def held():
     gc.collect()
     kinds = (torch.Tensor, torch.nn.Parameter)
-    found = [t for t in gc.get_objects() if type(t) in kinds and not t.is_meta]
+    found = [*model.parameters(), *model.buffers()]  # and what else came since
+    found += [t for t in gc.get_objects() if type(t) in kinds and not t.is_meta]
     parts = [t.untyped_storage() for t in found if t.layout == torch.strided]
     return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
 """
