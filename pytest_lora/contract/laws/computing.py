@@ -14,6 +14,7 @@ from pytest_lora.contract.law import LawTable, not_plain, not_usual_lora
 from pytest_lora.contract.laws.steps import (
     HASH_SEEDS,
     own_terms,
+    require_unmerged,
     require_untouched_base,
 )
 from pytest_lora.errors import NotApplicable
@@ -197,6 +198,7 @@ def base_output_when_disabled(it: Experiment) -> None:
         shown = "with model.disable_adapter():", "    assert torch.equal(run(), base)"
         it.check(lora.assert_disable_equals_base, *shown)
         return
+    require_unmerged(it)
     it.trial.run("adapted = run()")
     it.say("disable")
     it.expect_bits(it.base, "base", "the disabled adapter has to leave the base's output")

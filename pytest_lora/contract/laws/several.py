@@ -15,7 +15,7 @@ import torch
 
 import pytest_lora as lora
 from pytest_lora.checks.bits import same_bits
-from pytest_lora.contract.dialects import FIRST, SECOND, Case, Peft
+from pytest_lora.contract.dialects import FIRST, SECOND, Case, OwnClass, Peft
 from pytest_lora.contract.experiment import Experiment
 from pytest_lora.contract.law import LawTable, not_mixed, not_usual_lora, rewriting
 from pytest_lora.contract.laws.steps import (
@@ -25,6 +25,7 @@ from pytest_lora.contract.laws.steps import (
     own_terms,
     renew,
     require_peft,
+    require_unmerged,
     require_untouched_base,
     state_of,
 )
@@ -48,6 +49,7 @@ def isolation(it: Experiment) -> None:
     if it.is_peft:
         it.check(lora.assert_adapter_isolation, *COME_AND_GO)
         return
+    require_unmerged(it)
     it.trial.run("first = run()")
     first, other = it.trial.names["first"], it.case.other()
     terms = it.terms()
@@ -348,10 +350,13 @@ _MOVED = (
 def deleted(it: Experiment) -> None:
     """Once an adapter is deleted, nothing is left of it, and all else is as it was."""
     it.attach()
+    require_unmerged(it)
     settings = "sorted(model.peft_config)" if it.is_peft else "None"
     copies = f"{{name: t.detach().clone() for name, t in {_TENSORS}.items()}}"
     it.trial.run(f"before, adapters = {copies}, {settings}")
     _come_and_gone(it)
+    if isinstance(it.dialect, OwnClass):  # which may keep what is at work in buffers
+        it.say("activate", FIRST)
     _same_tensors(it)
     if it.trial.value(settings) != it.trial.names["adapters"]:
         raise it.trial.broken("its configuration is still there", f"assert {settings} == adapters")

@@ -31,6 +31,7 @@ __all__ = [
     "renew",
     "require_effect",
     "require_peft",
+    "require_unmerged",
     "require_untouched_base",
     "seed_again",
     "state_of",
@@ -72,6 +73,18 @@ def require_untouched_base(it: Experiment) -> None:
     """Raise ``NotApplicable`` where attaching changes the base by design."""
     if it.dialect.rewrites:
         raise NotApplicable(rewriting(it.dialect))
+
+
+def require_unmerged(it: Experiment) -> None:
+    """Raise ``NotApplicable`` where a class merges in eval mode, and rounds whenever it does."""
+    if it.is_peft:
+        return
+    kept = {name: tensor.detach().clone() for name, tensor in it.own.items()}
+    it.trial.run("model.train()")
+    moved = any(not same_bits(it.own[name].detach(), tensor) for name, tensor in kept.items())
+    it.trial.run("model.eval()")
+    if moved:
+        raise NotApplicable("it merges in eval mode, which rounds each time: see train_and_eval")
 
 
 def require_effect(it: Experiment, output: torch.Tensor) -> None:
