@@ -679,6 +679,30 @@ def test_a_second_adapter_in_another_format_is_caught(monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------ memory
 
 
+def test_a_buffer_that_grows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was there before anything was counted."""
+    from peft.tuners.lora import layer
+
+    original = layer.Linear.forward
+
+    def logs(self: Any, x: Any, *rest: Any) -> Any:
+        for buffer in self.base_layer.buffers():
+            buffer.data = torch.cat([buffer.data, x.detach().sum()[None]])
+        return original(self, x, *rest)
+
+    initialise = layer.Linear.__init__
+
+    def with_log(self: Any, base: Any, *args: Any, **kwargs: Any) -> None:
+        base.register_buffer("log", torch.zeros(1))
+        initialise(self, base, *args, **kwargs)
+
+    def spoil() -> None:
+        monkeypatch.setattr(layer.Linear, "__init__", with_log)
+        monkeypatch.setattr(layer.Linear, "forward", logs)
+
+    sound_then_broken("memory_given_back", spoil, "training, and again: .* bytes more are held")
+
+
 def test_what_a_deleted_adapter_leaves_in_a_list_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 

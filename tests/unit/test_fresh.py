@@ -264,6 +264,17 @@ def test_one_script_runs_side_by_side_under_several_hash_seeds() -> None:
 
 
 @FORKS
+def test_of_several_processes_the_others_end_when_one_fails() -> None:
+    """Nobody waits for a minute to hear that something cannot be run; nor for Ctrl-C."""
+    code = "import os, time\nassert os.environ['PYTHONHASHSEED'] != '0', 'no'\ntime.sleep(60)"
+    run_side_by_side(Script("", "{}"), (0, 1))
+    begun = time.monotonic()
+    with pytest.raises(Refused, match="no"):
+        run_side_by_side(Script(code, "{}"), (0, 1))
+    assert time.monotonic() - begun < 30
+
+
+@FORKS
 def test_a_job_that_takes_too_long_is_ended_with_all_it_started(
     subject: Subject, spec: BaseSpec, stuck: Job
 ) -> None:

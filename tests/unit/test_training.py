@@ -181,6 +181,21 @@ def test_steps_that_half_precision_rounds_away_are_remarked() -> None:
     assert "keep the adapter in float32" in note
 
 
+def test_adapters_that_are_taken_apart_meanwhile_are_not_remarked() -> None:
+    model, optimizer = in_bfloat16(1e-5)
+    step = train_step(optimizer)
+
+    def released(batch: int) -> object:
+        loss = step(batch)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.new_empty(0)
+        return loss
+
+    found = assert_trains_only_adapter(released, model, steps=1)
+    assert not found.notes
+
+
 def test_steps_that_are_all_rounded_away_are_a_cause() -> None:
     model, optimizer = in_bfloat16(1e-7)
     said = problems(failure(assert_trains_only_adapter, train_step(optimizer), model))

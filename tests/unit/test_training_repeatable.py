@@ -210,6 +210,36 @@ def test_what_is_not_drawn_needs_no_seed() -> None:
         assert_seeded_initialisation(build, hash_seeds=())
 
 
+def test_what_is_drawn_in_a_fork_is_meant_to_repeat() -> None:
+    """As by a decomposition that is computed at random, from a seed of its own."""
+    net = llama()
+
+    def build(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = wrap(copy.deepcopy(net), config())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            for name, tensor in model.named_parameters():
+                if "lora_A" in name:
+                    torch.nn.init.normal_(tensor)
+        return model
+
+    assert_seeded_initialisation(build, hash_seeds=())
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, 0])
+def test_a_build_that_knows_its_own_seed_alone(seed: int) -> None:
+    net = llama()
+
+    def build(given: int) -> Any:
+        assert given == seed, "no such run"
+        torch.manual_seed(given)
+        return wrap(copy.deepcopy(net), config())
+
+    found = assert_seeded_initialisation(build, seed=seed, hash_seeds=())
+    assert "another seed was not tried: AssertionError: no such run" in found.notes[0]
+
+
 def test_an_adapter_computed_from_a_base_that_is_drawn_is_not_accused() -> None:
     def build(seed: int) -> Any:
         torch.manual_seed(0)
