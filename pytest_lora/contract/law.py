@@ -38,8 +38,8 @@ class Law:
         otherwise: the network where it names none that will do, for a class of one's own as well;
             empty for the usual one, or none where it names some.
         excludes: why it has no meaning for an implementation, whatever is drawn; empty if it has.
-        sampled: whether it looks at code that PEFT's methods have in common, so that some of them
-            will do where there is no time for all.
+        sampled: whether it looks at code that PEFT's methods have in common, or takes fresh
+            processes, so that some of the methods will do where there is no time for all.
     """
 
     id: str

@@ -42,7 +42,7 @@ def identity_at_initialisation(it: Experiment) -> None:
     it.expect_bits(it.base, "base", "a fresh adapter has to leave the output as it was")
 
 
-@_law(otherwise="many")
+@_law(otherwise="many", sampled=True)
 def seeded_initialisation(it: Experiment) -> None:
     """One seed gives one adapter, bit for bit, in processes that hash strings differently."""
     it.trial.run(f"from transformers import set_seed\nset_seed({it.case.seed})")
@@ -206,7 +206,7 @@ def base_output_when_disabled(it: Experiment) -> None:
     it.expect_bits(it.trial.names["adapted"], "adapted", "enabled again")
 
 
-@_law("linear", "saved", "llama", otherwise="linear", half=True)
+@_law("linear", "saved", "llama", otherwise="linear", half=True, sampled=True)
 def train_and_eval(it: Experiment) -> None:
     """Training and evaluation may take turns: what is done for one mode is undone for the other.
 

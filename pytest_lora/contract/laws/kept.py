@@ -234,16 +234,16 @@ def memory_given_back(it: Experiment) -> None:
 def _nothing_else_to_look_through() -> Iterator[None]:
     """What is there already takes no part in collections, which would cost a second and more.
 
-    Where somebody has frozen things already, who will want them to stay so, none are added.
+    Where somebody has frozen things before and wants them to stay so, what is there now stays with
+    them: a network of a few layers.
     """
-    if gc.get_freeze_count():
-        yield
-        return
+    others = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not others:
+            gc.unfreeze()
 
 
 def _piles_up_nothing(it: Experiment, what: str, steps: Sequence[str]) -> bool:

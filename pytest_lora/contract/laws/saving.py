@@ -37,7 +37,7 @@ _law = LawTable()
 LAWS = _law.laws
 
 
-@_law("llama", "experts llama", otherwise="many")
+@_law("llama", "experts llama", otherwise="many", sampled=True)
 def save_reload(it: Experiment) -> None:
     """Saved, and loaded by a process that has never seen it, it computes the same, bit for bit."""
     require_untouched_base(it)
@@ -218,7 +218,7 @@ def state_round_trip(it: Experiment) -> None:
     it.expect_bits(it.trial.names["saved"], "saved", "read into another model")
 
 
-@_law("linear", excludes=without("bias"))
+@_law("linear", excludes=without("bias"), sampled=True)
 def trained_biases(it: Experiment) -> None:
     """Biases of the base that train with an adapter are saved with it, and loaded with it."""
     require_untouched_base(it)
@@ -247,7 +247,7 @@ def _attach_anew(it: Experiment, dialect: Peft) -> None:
 # ------------------------------------------------------------------------------ by transformers
 
 
-@_law("llama", otherwise="llama")
+@_law("llama", otherwise="llama", sampled=True)
 def loaded_by_transformers(it: Experiment) -> None:
     """A model of transformers that loads an adapter itself computes what PEFT does, bit for bit.
 
