@@ -181,7 +181,8 @@ def test_one_worker_tries_all_that_needs_fresh_processes_and_begins_with_it(
 ) -> None:
     pytest.importorskip("xdist")
     chosen = "(LOHA or LOKR) and (seeded_initialisation or dtypes_kept or save_reload)"
-    result = run(project, "--lora-contract", "-n", "2", "-v", "-k", chosen)
+    words = ("--lora-contract", "--lora-contract-depth=full")  # else they are tried on few methods
+    result = run(project, *words, "-n", "2", "-v", "-k", chosen)
     assert result.ret == 0
     ran = re.findall(r"\[(gw\d)\].* PASSED contract::(\w+)\[\w+\]", result.stdout.str())
     assert sorted(law for _, law in ran) == [
