@@ -33,7 +33,9 @@ from pytest_lora.numerics.precision import switches
 
 METHODS = {method.name: method for method in discover()}
 LORA = METHODS["LORA"]
-NEED_NUMBERS = {"experts", "fused experts", "experts llama"}
+NEED_NUMBERS = {
+    "experts", "experts, inputs first", "experts, outputs first", "fused experts", "experts llama",
+}  # fmt: skip
 """Networks that torch cannot run without: parametrised parameters, and routing."""
 
 
