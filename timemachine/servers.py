@@ -16,7 +16,7 @@ from pytest_lora.loading import quiet
 from pytest_lora.records import Measurement
 from pytest_lora.subject import Subject
 from timemachine.cases import case, llama, lora_config, rewrite, saved, trained
-from timemachine.parts import TOKENS, base_of, configure, fresh, logits, merged, subject_of
+from timemachine.parts import TOKENS, base_at, base_of, configure, fresh, logits, merged, subject_of
 
 __all__: list[str] = []
 
@@ -103,6 +103,11 @@ def a_rank_for_each_expert(place: Path, sound: bool = False) -> Measurement:
     return lora.assert_config_matches_weights(folder)
 
 
+def _fits(place: Path, base: Path) -> Measurement:
+    """The saved adapter against a base."""
+    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), base)
+
+
 @case("diffusers#9622", "base_compatibility", "layers.1", control="keys of both layers")
 def keys_that_are_missing(place: Path, sound: bool = False) -> Measurement:
     """The file lacks the keys of a layer, which keeps its initial values, of no effect."""
@@ -112,7 +117,7 @@ def keys_that_are_missing(place: Path, sound: bool = False) -> Measurement:
     file = place / "adapter" / "adapter_model.safetensors"
     kept = {key: value for key, value in load_file(file).items() if sound or "layers.1" not in key}
     save_file(kept, file, metadata={"format": "pt"})
-    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), place / "base")
+    return _fits(place, place / "base")
 
 
 @case("vllm-project/vllm#34186", "base_compatibility", "no such module", control="its own base")
@@ -128,7 +133,7 @@ def trained_on_the_text_model_alone(place: Path, sound: bool = False) -> Measure
         with quiet():
             LlavaForConditionalGeneration(config).save_pretrained(place / "seeing")
     base = place / ("base" if sound else "seeing")
-    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), base)
+    return _fits(place, base)
 
 
 @case("NVIDIA-NeMo/Automodel#3866", "base_compatibility", "no such module", control="as loaded")
@@ -140,7 +145,7 @@ def keys_of_an_older_library(place: Path, sound: bool = False) -> Measurement:
         return key if sound else key.replace("model.layers", "backbone.layers"), value
 
     rewrite(place / "adapter", rename)
-    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), place / "base")
+    return _fits(place, place / "base")
 
 
 @case(
@@ -159,7 +164,7 @@ def tokens_that_nobody_saved(place: Path, sound: bool = False) -> Measurement:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
     with quiet():
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(place / "adapter")
-    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), place / "base")
+    return _fits(place, place / "base")
 
 
 @case("ohdearquant/lattice#136", "base_compatibility", "takes 32 inputs", control="its own base")
@@ -173,7 +178,7 @@ def a_base_of_another_size(place: Path, sound: bool = False) -> Measurement:
     with quiet():
         LlamaForCausalLM(other).save_pretrained(place / "larger")
     base = place / ("base" if sound else "larger")
-    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), base)
+    return _fits(place, base)
 
 
 @case("NVIDIA-NeMo/Automodel#1814", "base_compatibility", "ignores them", control="by module")
@@ -188,7 +193,7 @@ def experts_in_one_tensor(place: Path, sound: bool = False) -> Measurement:
 
     if not sound:
         rewrite(place / "adapter", grouped)
-    return lora.assert_base_compatibility(lora.read_adapter(place / "adapter"), place / "base")
+    return _fits(place, place / "base")
 
 
 @case("modelscope/mcore-bridge#173", "adapter_effect", "layers.1", control="the sum over ranks")
@@ -435,8 +440,6 @@ def saved_with_the_delta_in_it(place: Path, sound: bool = False) -> Measurement:
 
 def base_at_merged(place: Path) -> Weights:
     """The weights of the merged model."""
-    from timemachine.parts import base_at
-
     found: Weights = base_at(merged(place)).state_dict()
     return found
 

@@ -19,17 +19,19 @@ from pytest_lora.loading import quiet
 from pytest_lora.records import Measurement
 from pytest_lora.subject import Subject, load_base
 from timemachine.cases import case, llama, lora_config, rewrite, saved, trained
-from timemachine.parts import TOKENS
-from timemachine.parts import adamw as _adamw
-from timemachine.parts import base_at as _base_at
-from timemachine.parts import base_of as _base
-from timemachine.parts import configure as _set
-from timemachine.parts import fresh as _fresh
-from timemachine.parts import logits as _logits
-from timemachine.parts import merged as _merged
-from timemachine.parts import stepper as _step
-from timemachine.parts import subject_of as _subject
-from timemachine.parts import wrapped as _wrapped
+from timemachine.parts import (
+    TOKENS,
+    adamw,
+    base_at,
+    base_of,
+    configure,
+    fresh,
+    logits,
+    merged,
+    stepper,
+    subject_of,
+    wrapped,
+)
 
 __all__ = ["TOKENS"]
 
@@ -41,7 +43,7 @@ def a_setting_nobody_reads(place: Path, sound: bool = False) -> Measurement:
     """A setting that this release does not know is dropped while loading."""
     folder = saved(trained(llama(), lora_config("q_proj")), place)
     if not sound:
-        _set(folder, use_newvariant=True)
+        configure(folder, use_newvariant=True)
     return lora.assert_adapter_files(folder)
 
 
@@ -50,7 +52,7 @@ def a_setting_of_long_ago(place: Path, sound: bool = False) -> Measurement:
     """An adapter of an early PEFT says which parts of a fused projection it adapts."""
     folder = saved(trained(llama(), lora_config("q_proj")), place)
     if not sound:
-        _set(folder, enable_lora=[True, False, True])
+        configure(folder, enable_lora=[True, False, True])
     return lora.assert_adapter_files(folder)
 
 
@@ -70,7 +72,7 @@ def factors_of_long_ago(place: Path, sound: bool = False) -> Measurement:
 @case("accelerate#4206", "adapter_effect", "output rows of lora_B", control="all rows")
 def one_shard_of_two(place: Path, sound: bool = False) -> Measurement:
     """A sharded save keeps one rank's rows; the others are at their initial value, zero."""
-    subject = _subject(place)
+    subject = subject_of(place)
 
     def cut(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
         if "lora_B" in key and not sound:
@@ -87,14 +89,16 @@ def a_module_to_import(place: Path, sound: bool = False) -> Measurement:
     """The configuration names a module that loading would import, and so run."""
     folder = saved(trained(llama(), lora_config("q_proj")), place)
     library = "transformers.models.llama.modeling_llama" if sound else "marker"
-    _set(folder, auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": library})
+    configure(
+        folder, auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": library}
+    )
     return lora.assert_adapter_files(folder)
 
 
 @case("NVIDIA-NeMo/Automodel#1755", "base_compatibility", "no such module", control="its own keys")
 def experts_under_other_names(place: Path, sound: bool = False) -> Measurement:
     """The file has tensors of each expert, the base model one fused parameter: none is loaded."""
-    _subject(place, "up_proj")
+    subject_of(place, "up_proj")
 
     def rename(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
         return (key if sound else key.replace("mlp.", "mlp.experts.0.")), value
@@ -112,9 +116,9 @@ def experts_under_other_names(place: Path, sound: bool = False) -> Measurement:
 )  # fmt: skip
 def checkpointed_from_the_first_block(place: Path) -> Measurement:
     """Checkpointed blocks whose inputs need no gradient give none to the adapter in them."""
-    model = _wrapped(lora_config("q_proj", "v_proj", modules_to_save=["lm_head"]))
+    model = wrapped(lora_config("q_proj", "v_proj", modules_to_save=["lm_head"]))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    return lora.assert_gradient_coverage(_step(_adamw(model)), model)
+    return lora.assert_gradient_coverage(stepper(adamw(model)), model)
 
 
 @case(
@@ -123,32 +127,32 @@ def checkpointed_from_the_first_block(place: Path) -> Measurement:
 def targets_dropped_on_the_way(place: Path, sound: bool = False) -> Measurement:
     """Embedding and head are taken off the list of targets before the adapter is made."""
     asked = ["q_proj", "embed_tokens", "lm_head"]
-    model = _wrapped(lora_config(*(asked if sound else asked[:1])))
+    model = wrapped(lora_config(*(asked if sound else asked[:1])))
     declared = [f"*.{target}.lora_*" for target in asked]
-    return lora.assert_trains_only_adapter(_step(_adamw(model)), model, trainable=declared)
+    return lora.assert_trains_only_adapter(stepper(adamw(model)), model, trainable=declared)
 
 
 @case("trl#1340", "reference_policy", "not fresh", control="a frozen copy as reference")
 def reference_without_the_adapter(place: Path, sound: bool = False) -> Measurement:
     """The reference is the disabled adapter, but the policy starts from a trained one."""
     model = trained(llama(), lora_config("q_proj"))
-    start = _logits(model).clone()
+    start = logits(model).clone()
 
     def reference(model: Any) -> torch.Tensor:
         with contextlib.nullcontext() if sound else model.disable_adapter():
-            return start if sound else _logits(model)
+            return start if sound else logits(model)
 
-    return lora.assert_reference_policy(reference, _logits, _step(_adamw(model)), model)
+    return lora.assert_reference_policy(reference, logits, stepper(adamw(model)), model)
 
 
 @case("peft#1303", "optimizer_holds", "second", control="the optimizer of the second")
 def optimizer_of_the_first_adapter(place: Path, sound: bool = False) -> Measurement:
     """The optimizer was made while the first adapter was active, so the second never trains."""
-    model = _wrapped(lora_config("q_proj"), "first")
+    model = wrapped(lora_config("q_proj"), "first")
     model.add_adapter("second", lora_config("q_proj"))
-    early = _adamw(model)
+    early = adamw(model)
     model.set_adapter("second")
-    optimizer = _adamw(model) if sound else early
+    optimizer = adamw(model) if sound else early
     return lora.assert_optimizer_holds(optimizer, model, adapter="second")
 
 
@@ -158,7 +162,7 @@ def wrapped_again_on_resume(place: Path, sound: bool = False) -> Measurement:
     from peft import PeftModel, get_peft_model
 
     def begun(model: Any) -> tuple[Any, Any]:
-        return model, _adamw(model)
+        return model, adamw(model)
 
     def save(run: Any, folder: Path) -> None:
         with quiet():
@@ -175,18 +179,18 @@ def wrapped_again_on_resume(place: Path, sound: bool = False) -> Measurement:
         return model, optimizer
 
     return lora.assert_resume_equivalent(
-        lambda: begun(_wrapped(lora_config("q_proj"))),
-        lambda run: _step(run[1])(run[0]), save, resume,
+        lambda: begun(wrapped(lora_config("q_proj"))),
+        lambda run: stepper(run[1])(run[0]), save, resume,
     )  # fmt: skip
 
 
 @case("peft#2448", "trains_only_adapter", "not finite", control="a rate it can take")
 def weights_that_differ_from_everything(place: Path, sound: bool = False) -> Measurement:
     """Training diverges, and a test that weights have changed passes: NaN is never equal."""
-    model = _wrapped(lora_config("q_proj"))
+    model = wrapped(lora_config("q_proj"))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return lora.assert_trains_only_adapter(
-        _step(torch.optim.SGD(trainable, lr=0.1 if sound else 1e30)), model
+        stepper(torch.optim.SGD(trainable, lr=0.1 if sound else 1e30)), model
     )
 
 
@@ -195,14 +199,14 @@ def adapters_that_stay(place: Path, sound: bool = False) -> Measurement:
     """Adapters are loaded one after the other to be evaluated, and all of them stay."""
     from itertools import count
 
-    _subject(place)
-    model, numbers = _fresh(place, place / "adapter"), count()
+    subject_of(place)
+    model, numbers = fresh(place, place / "adapter"), count()
 
     def evaluate() -> None:
         name = f"adapter{next(numbers)}"
         model.load_adapter(place / "adapter", name)
         model.set_adapter(name)
-        _logits(model)
+        logits(model)
         if sound:
             model.set_adapter("default")
             model.delete_adapter(name)
@@ -236,32 +240,32 @@ def adapter_weights_in_float32(place: Path, sound: bool = False) -> Measurement:
 @case("trl#386", "serving_parity", "base model's output", control="the merged weights")
 def merged_without_the_delta(place: Path, sound: bool = False) -> Measurement:
     """The merge script takes the adapter off without adding it, and saves the base model."""
-    subject, folder = _subject(place), _merged(place)
+    subject, folder = subject_of(place), merged(place)
     if not sound:
         shutil.copy(place / "base" / "model.safetensors", folder)
-    served = _logits(_base_at(folder))
+    served = logits(base_at(folder))
     return lora.assert_serving_parity(lambda name: served, subject)
 
 
 @case("hiyouga/LLaMA-Factory#9051", "serving_parity", "layer 1", control="every shard written")
 def a_shard_of_the_base(place: Path, sound: bool = False) -> Measurement:
     """The export keeps a shard that the base model has under the same name and size."""
-    subject, folder = _subject(place, "q_proj", "up_proj"), _merged(place)
+    subject, folder = subject_of(place, "q_proj", "up_proj"), merged(place)
     kept = "none" if sound else "layers.1."
 
     def shard(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
-        return key, _base(place).state_dict()[key] if kept in key else value
+        return key, base_of(place).state_dict()[key] if kept in key else value
 
     rewrite(folder, shard, "model.safetensors")
-    served = _logits(_base_at(folder))
+    served = logits(base_at(folder))
     return lora.assert_serving_parity(lambda name: served, subject)
 
 
 @case("peft#1932", "serving_parity", "another revision of the base", control="the same base")
 def on_another_revision_of_the_base(place: Path, sound: bool = False) -> Measurement:
     """The base is not quite the one it was trained on; what it answered then was kept."""
-    subject = _subject(place)
-    kept = _logits(_fresh(place, place / "adapter"))
+    subject = subject_of(place)
+    kept = logits(fresh(place, place / "adapter"))
     if not sound:
         rewrite(place / "base", lambda key, value: (key, 1.001 * value), "model.safetensors")
     base = load_base(place / "base", adapter=subject.adapter, device="cpu")
@@ -272,32 +276,32 @@ def on_another_revision_of_the_base(place: Path, sound: bool = False) -> Measure
 @case("vllm-project/vllm#6909", "serving_parity", "at 0.5 times", control="alpha / sqrt(r)")
 def served_at_the_wrong_scale(place: Path, sound: bool = False) -> Measurement:
     """The server takes alpha / r as the scaling of an adapter trained with alpha / sqrt(r)."""
-    subject = _subject(place, use_rslora=True)
-    model = _fresh(place, place / "adapter")
+    subject = subject_of(place, use_rslora=True)
+    model = fresh(place, place / "adapter")
     for layer in model.modules():
         if isinstance(getattr(layer, "scaling", None), dict) and not sound:
             layer.scaling["default"] = 12 / 4
-    return lora.assert_serving_parity(lambda name: _logits(model), subject)
+    return lora.assert_serving_parity(lambda name: logits(model), subject)
 
 
 @case("vllm-project/vllm#48974", "serving_parity", "adapter", control="through the wrapper")
 def one_projection_gone_around(place: Path, sound: bool = False) -> Measurement:
     """The server calls the inner layer of one projection, past the adapter on it."""
-    subject = _subject(place, "q_proj", "v_proj")
-    model = _fresh(place, place / "adapter")
+    subject = subject_of(place, "q_proj", "v_proj")
+    model = fresh(place, place / "adapter")
     for name, layer in model.named_modules():
         if name.endswith("v_proj") and not sound:
             layer.forward = layer.base_layer.forward
-    return lora.assert_serving_parity(lambda name: _logits(model), subject)
+    return lora.assert_serving_parity(lambda name: logits(model), subject)
 
 
 @case("vllm-project/vllm#30931", "serving_parity", "asked after", control="a cache by content")
 def a_cache_by_name(place: Path, sound: bool = False) -> Measurement:
     """The prefix cache is keyed by a name that several adapters share."""
-    subject = _subject(place)
+    subject = subject_of(place)
     with quiet():
         other = saved(
-            trained(_base(place), lora_config("v_proj", task_type="CAUSAL_LM")), place / "b"
+            trained(base_of(place), lora_config("v_proj", task_type="CAUSAL_LM")), place / "b"
         )
     second = Subject(lora.read_adapter(other), subject.base, {"input_ids": TOKENS})
     folders = {"first": place / "adapter", "second": other}
@@ -306,7 +310,7 @@ def a_cache_by_name(place: Path, sound: bool = False) -> Measurement:
     def serve(name: str) -> torch.Tensor:
         key = name if sound else "lora"
         if key not in cache:
-            cache[key] = _logits(_fresh(place, folders[name]))
+            cache[key] = logits(fresh(place, folders[name]))
         return cache[key]
 
     return lora.assert_serving_parity(serve, {"first": subject, "second": second})
@@ -320,8 +324,8 @@ def attached_but_not_loaded(place: Path, sound: bool = False) -> Measurement:
     """The loader attaches the layers and drops the weights: their keys still have PEFT's prefix."""
     from safetensors.torch import load_file
 
-    subject = _subject(place)
-    model = _base(place)
+    subject = subject_of(place)
+    model = base_of(place)
     from peft import LoraConfig, inject_adapter_in_model
 
     with quiet():
@@ -331,7 +335,7 @@ def attached_but_not_loaded(place: Path, sound: bool = False) -> Measurement:
         name = key.removeprefix("base_model.model.") if sound else key
         where = name.replace(".weight", ".default.weight")
         model.load_state_dict({where: value}, strict=False)
-    return lora.assert_serving_parity(lambda name: _logits(model), subject)
+    return lora.assert_serving_parity(lambda name: logits(model), subject)
 
 
 @case(
@@ -343,15 +347,15 @@ def a_pipeline_on_an_adapter(place: Path) -> Measurement:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, pipeline
 
-    subject = _subject(place)
-    _set(place / "adapter", base_model_name_or_path=str(place / "base"))
+    subject = subject_of(place)
+    configure(place / "adapter", base_model_name_or_path=str(place / "base"))
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     with quiet():
         tokenizer.save_pretrained(place / "adapter")
         made = pipeline("text-generation", model=str(place / "adapter"), tokenizer=tokenizer,
                         device="cpu")  # fmt: skip
-    return lora.assert_serving_parity(lambda name: _logits(made.model), subject)
+    return lora.assert_serving_parity(lambda name: logits(made.model), subject)
 
 
 # ------------------------------------------------------------------------------ metrics

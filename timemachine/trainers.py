@@ -122,18 +122,18 @@ def steps_too_small_for_its_format(place: Path, sound: bool = False) -> Measurem
 
 
 class _MergedInEval(torch.nn.Module):
-    """A layer whose adapter is added to the weight for evaluation, and taken out or not."""
+    """A layer that may add its adapter to the weight for evaluation, and never takes it out."""
 
-    def __init__(self, base: Any, *, undone: bool) -> None:
+    def __init__(self, base: Any, *, merges: bool) -> None:
         super().__init__()
-        self.base, self.undone, self.merged = base, undone, False
+        self.base, self.merges, self.merged = base, merges, False
         self.lora_A = torch.nn.Parameter(torch.randn(4, base.in_features) / 8)
         self.lora_B = torch.nn.Parameter(torch.randn(base.out_features, 4) / 8)
 
     def train(self, mode: bool = True) -> _MergedInEval:
         """To training, or to evaluation."""
         super().train(mode)
-        if not self.undone and self.merged != (not mode):
+        if self.merges and self.merged != (not mode):
             if not mode:
                 self.base.weight.data += self.lora_B.data @ self.lora_A.data
             self.merged = not mode
@@ -155,7 +155,7 @@ def merged_for_every_evaluation(place: Path, sound: bool = False) -> Measurement
     """Evaluation merges the adapter, training does not take it out: the base grows each epoch."""
     model = llama().requires_grad_(False)
     for block in model.model.layers:
-        block.self_attn.q_proj = _MergedInEval(block.self_attn.q_proj, undone=sound)
+        block.self_attn.q_proj = _MergedInEval(block.self_attn.q_proj, merges=not sound)
     inner = stepper(adamw(model))
 
     def step(model: Any) -> torch.Tensor:

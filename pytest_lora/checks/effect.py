@@ -13,6 +13,7 @@ from pytest_lora.attach import ADAPTER_NAME
 from pytest_lora.baseline import FACTS
 from pytest_lora.checks.deltas import Delta, adapted_modules, kind_of, measure_delta
 from pytest_lora.loading import quiet
+from pytest_lora.numerics.rounding import dtype_name
 from pytest_lora.records import Json, Measurement, Problem
 from pytest_lora.structure import on_clones
 
@@ -277,7 +278,7 @@ def _explain_silence(
         loud = possible and not torch.equal(subject.output(model), off)
     lossy = off.dtype in (torch.bfloat16, torch.float16)
     if loud or (lossy and not possible):
-        notes.append(f"{kind.name}: its effect is lost in the rounding of {_short(off.dtype)}; "
+        notes.append(f"{kind.name}: its effect is lost in the rounding of {dtype_name(off.dtype)}; "
                      "check it with --lora-dtype=float32")  # fmt: skip
     elif any(isinstance(_base_of(module), torch.nn.Embedding) for module in kind.modules):
         notes.append(f"{kind.name}: the inputs show no token whose row it changes")
@@ -329,7 +330,9 @@ def _base_of(module: Any) -> torch.nn.Module | None:
 
 def _nothing_arrives(kinds: Mapping[str, _Kind], plain: torch.Tensor) -> str:
     if any(kind.acts for kind in kinds.values()):
-        return f"the weights change, but nothing of it arrives at the {_short(plain.dtype)} output"
+        return (
+            f"the weights change, but nothing of it arrives at the {dtype_name(plain.dtype)} output"
+        )
     return "no weight changes: this adapter is the base model"
 
 
@@ -340,7 +343,3 @@ def _weakest(kinds: Mapping[str, _Kind]) -> str | None:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -42,7 +42,7 @@ from pytest_lora.numerics.fingerprint import locate_difference
 from pytest_lora.numerics.four_bit import judge_requantised
 from pytest_lora.numerics.merge_bound import WeightError, judge_merge, judge_sum
 from pytest_lora.numerics.precision import accurate_products
-from pytest_lora.numerics.rounding import Ball
+from pytest_lora.numerics.rounding import Ball, dtype_name
 from pytest_lora.numerics.streaming import intercepted
 from pytest_lora.probe import computing_wide
 from pytest_lora.records import Json, Measurement, Problem
@@ -311,7 +311,7 @@ class _Visit:
             text = f"merging left {as_text(held)} numbers with the constants of its 4-bit blocks"
             self.verdict.worst(math.inf, where, f"{text}: the sum was not quantised again")
             return
-        form = block_format(self._base.weight)
+        form = block_format(held)
         if not form.holds_like(self.format) or old.shape != new.shape:
             self.verdict.worst(math.inf, where, "merging changed the format of its 4-bit blocks")
             return
@@ -483,7 +483,7 @@ def _whole_model(
     """Root mean square errors of the model's outputs against a wider format; for information."""
     low = unmerged.dtype in (torch.bfloat16, torch.float16)
     wide = torch.float32 if low or subject.base.dtype != torch.float32 else torch.float64
-    found: dict[str, Json] = {"reference": str(wide).removeprefix("torch.")}
+    found: dict[str, Json] = {"reference": dtype_name(wide)}
     found["rms_effect"] = effect = _rms(unmerged, base)
     found["rms_merged_unmerged"] = _rms(merged, unmerged)
     if four_bit_modules(subject.model):  # no format is wide enough for what this rounds to
@@ -588,7 +588,7 @@ def _output_notes(subject: Subject, whole: dict[str, Json]) -> Iterator[str]:
 def _format_name(subject: Subject) -> str:
     if four_bit_modules(subject.model):
         return "4-bit blocks"
-    return str(subject.base.dtype).removeprefix("torch.")
+    return dtype_name(subject.base.dtype)
 
 
 def _saved_modules(model: torch.nn.Module) -> list[str]:

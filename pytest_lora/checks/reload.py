@@ -33,6 +33,7 @@ from pytest_lora.fresh import (
 )
 from pytest_lora.loading import BaseSpec, Checkpoint, one_line, quiet
 from pytest_lora.locate import CONFIG_NAME, AdapterLocation
+from pytest_lora.numerics.rounding import dtype_name
 from pytest_lora.records import Json, Measurement, Problem
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _compare_tensor(
     original, saved = _read(ours), _read(written)
     expected = original.to(saved.dtype)
     if original.dtype != saved.dtype:
-        names = f"{_name(original.dtype)} saved as {_name(saved.dtype)}"
+        names = f"{dtype_name(original.dtype)} saved as {dtype_name(saved.dtype)}"
         exact = not how_different(expected.to(original.dtype), original)
         what = f"{names}, exactly" if exact else f"{names}, rounded: loading casts them"
         casts[what] = casts.get(what, 0) + 1
@@ -212,10 +213,6 @@ def _read(info: TensorInfo) -> torch.Tensor:
     with safe_open(info.file, framework="pt") as handle:
         tensor: torch.Tensor = handle.get_tensor(info.name)
     return tensor
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ------------------------------------------------------------------------------ configurations
@@ -381,8 +378,8 @@ def _require_mergeable(subject: Subject) -> None:
 def _require_finite(unmerged: torch.Tensor) -> None:
     if not bool(unmerged.isfinite().all()):
         raise NotApplicable(
-            f"the unmerged model's own output is not finite in {_name(unmerged.dtype)}, so there is"
-            " nothing to hold the merged one against; give another --lora-dtype"
+            f"the unmerged model's own output is not finite in {dtype_name(unmerged.dtype)}, so"
+            " there is nothing to hold the merged one against; give another --lora-dtype"
         )
 
 
@@ -534,7 +531,7 @@ def _not_finite(merged: torch.Tensor) -> Problem | None:
         return None
     count = int((~finite).sum())
     return Problem(
-        f"the merged model in {_name(merged.dtype)}",
+        f"the merged model in {dtype_name(merged.dtype)}",
         f"{count} of {merged.numel()} outputs are not finite",
         "finite ones, as the unmerged model gives",
         "the merged weights overflow: merge in float32 or bfloat16",

@@ -36,7 +36,7 @@ import torch
 
 from pytest_lora.baseline import FACTS, digest_of
 from pytest_lora.errors import CannotRun, NotApplicable, UsageError
-from pytest_lora.numerics.rounding import unit
+from pytest_lora.numerics.rounding import dtype_name, unit
 from pytest_lora.probe import output_of
 from pytest_lora.records import Json, Measurement
 
@@ -141,7 +141,7 @@ def measure_dtype_stability(
             except CannotRun as error:
                 if dtype == REFERENCE:
                     raise
-                notes.append(f"{_name(dtype)}: {error}")
+                notes.append(f"{dtype_name(dtype)}: {error}")
             if dtype == REFERENCE:
                 _require_finite(found[dtype])
                 bounds = _rounding_bounds(subject, windows, found[dtype])
@@ -171,7 +171,7 @@ def _measurement(
     for dtype in FORMATS:
         if dtype not in found:
             continue
-        name, pair = _name(dtype), found[dtype]
+        name, pair = dtype_name(dtype), found[dtype]
         if not pair.base.finite:
             notes.append(f"{name}: the base model's own likelihood is not finite; left out")
             continue
@@ -214,7 +214,7 @@ def _agreement(side: _Side, reference: _Side) -> float:
 
 
 def _where(worst: str, found: Mapping[torch.dtype, _Pair], reference: _Pair) -> str:
-    pair = next(pair for dtype, pair in found.items() if _name(dtype) == worst)
+    pair = next(pair for dtype, pair in found.items() if dtype_name(dtype) == worst)
     if not pair.adapter.finite:
         lost = int((~pair.adapter.losses.isfinite()).sum())
         return (
@@ -226,10 +226,6 @@ def _where(worst: str, found: Mapping[torch.dtype, _Pair], reference: _Pair) -> 
 
 def _ratio(change: float, bound: float) -> float:
     return change / bound if bound else (math.inf if change else 0.0)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ------------------------------------------------------------------------------------- the tokens

@@ -193,9 +193,12 @@ class Gradient:
 
 def _either(seen: torch.Tensor | None, now: torch.Tensor) -> torch.Tensor:
     """Both together, or the later one if they are not of one place and shape."""
-    if seen is None or (seen.shape, seen.device) != (now.shape, now.device):
-        return now
-    return seen | now
+    return seen | now if seen is not None and is_beside(seen, now) else now
+
+
+def is_beside(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors can be compared number by number: of one shape, on one device."""
+    return (one.shape, one.device) == (other.shape, other.device)
 
 
 class GradientWatch:

@@ -16,10 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_lora.checks.declared import Declared, declare, matches, require_busy, unwrapped
-from pytest_lora.checks.steps import GradientWatch, Stepper, filled, is_trainer, kept, seeded
+from pytest_lora.checks.steps import (
+    GradientWatch,
+    Stepper,
+    filled,
+    is_beside,
+    is_trainer,
+    kept,
+    seeded,
+)
 from pytest_lora.errors import CannotRun, UsageError
 from pytest_lora.numerics.fingerprint import Fingerprint, fingerprint_state, named_tensors
-from pytest_lora.numerics.rounding import unit
+from pytest_lora.numerics.rounding import dtype_name, unit
 from pytest_lora.records import Json, Measurement, Problem
 
 if TYPE_CHECKING:
@@ -143,9 +151,8 @@ def _why_unmoved(declared: Declared, watch: GradientWatch, name: str) -> str:
         return "its gradient is zero everywhere: the factor it is multiplied with never moved"
     too_small = ""
     if _is_coarse(declared.trainable[name]):
-        too_small = (
-            f"; or {_name_of(declared.trainable[name])} rounds its steps away: {_IN_FLOAT32}"
-        )
+        form = dtype_name(declared.trainable[name].dtype)
+        too_small = f"; or {form} rounds its steps away: {_IN_FLOAT32}"
     return (
         "it has a gradient, so the optimizer does not hold it, its learning rate is zero, or the"
         " gradient is gone before the step: build the optimizer after the adapter is attached and"
@@ -161,10 +168,6 @@ def _is_coarse(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and unit(tensor.dtype) > unit(torch.float32)
 
 
-def _name_of(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _rounded_away(
     declared: Declared, before: Mapping[str, torch.Tensor], watch: GradientWatch
 ) -> Iterator[str]:
@@ -172,9 +175,7 @@ def _rounded_away(
     stuck = {}
     for name, old in before.items():
         reached, now = watch.seen[name].reached, declared.trainable[name].detach()
-        if reached is None or {(t.shape, t.device) for t in (now, reached)} != {
-            (old.shape, old.device)
-        }:
+        if reached is None or not (is_beside(now, old) and is_beside(reached, old)):
             continue  # moved or taken apart meanwhile
         if bool(reached.any()):
             still = (now == old) & reached
@@ -183,8 +184,8 @@ def _rounded_away(
     if most:
         worst = max(most, key=lambda name: most[name])
         yield (
-            f"{_name_of(before[worst])} rounds steps away: of the numbers that had a gradient"
-            f" {most[worst]:.0%} are as before in {worst}, and most in {len(most)} tensors;"
+            f"{dtype_name(before[worst].dtype)} rounds steps away: of the numbers that had a"
+            f" gradient {most[worst]:.0%} are as before in {worst}, and most in {len(most)} tensors;"
             f" {_IN_FLOAT32}"
         )
 

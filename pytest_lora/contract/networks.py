@@ -108,15 +108,25 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return torch.cat([self.up(x).flatten(1), self.down(x).flatten(1)], -1)
 """
-_EXPERTS = """
-class Experts(torch.nn.Module):
+
+
+def _experts(sizes: str, weight: str, declared: str = "") -> str:
+    """Three experts in one parameter, of these sizes each, and what an input is multiplied with."""
+    return f"""
+class Experts(torch.nn.Module):{declared}
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
+        self.weight = torch.nn.Parameter(torch.randn(3, {sizes}) / 4)
 
     def forward(self, x):
-        return torch.bmm(x.expand(3, -1, -1), self.weight)
+        return torch.bmm(x.expand(3, -1, -1), {weight})
 """
+
+
+_EXPERTS = _experts("{k}, {d}", "self.weight")
+# transformers' models of experts say by ``is_transposed`` whether the inputs come first.
+_INPUTS_FIRST = _experts("{k}, {d}", "self.weight", "\n    is_transposed = True\n")
+_OUTPUTS_FIRST = _experts("{d}, {k}", "self.weight.mT", "\n    is_transposed = False\n")
 _FUSED = """
 class Experts(torch.nn.Module):
     def __init__(self):
@@ -127,29 +137,6 @@ class Experts(torch.nn.Module):
     def forward(self, x):
         x = x.expand(3, -1, -1)
         return torch.cat([torch.bmm(x, self.up), torch.bmm(x, self.down)], -1)
-"""
-# transformers' models of experts say by ``is_transposed`` whether the inputs come first.
-_INPUTS_FIRST = """
-class Experts(torch.nn.Module):
-    is_transposed = True
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(3, {k}, {d}) / 4)
-
-    def forward(self, x):
-        return torch.bmm(x.expand(3, -1, -1), self.weight)
-"""
-_OUTPUTS_FIRST = """
-class Experts(torch.nn.Module):
-    is_transposed = False
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(3, {d}, {k}) / 4)
-
-    def forward(self, x):
-        return torch.bmm(x.expand(3, -1, -1), self.weight.mT)
 """
 _ON_EXPERTS = """
 class Net(torch.nn.Module):

@@ -23,6 +23,7 @@ import torch
 
 __all__ = [
     "Ball",
+    "dtype_name",
     "gamma",
     "half_ulp",
     "holds_exactly",
@@ -63,6 +64,11 @@ def holds_exactly(dtype: torch.dtype, other: torch.dtype) -> bool:
     bits, emin = _PRECISION_AND_EMIN[dtype]
     others_bits, others_emin = _PRECISION_AND_EMIN[other]
     return bits >= others_bits and emin <= others_emin
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As people write it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def unit(dtype: torch.dtype) -> float:
