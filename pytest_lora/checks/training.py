@@ -185,8 +185,8 @@ def _rounded_away(
         worst = max(most, key=lambda name: most[name])
         yield (
             f"{dtype_name(before[worst].dtype)} rounds steps away: of the numbers that had a"
-            f" gradient {most[worst]:.0%} are as before in {worst}, and most in {len(most)} tensors;"
-            f" {_IN_FLOAT32}"
+            f" gradient {most[worst]:.0%} are as before in {worst}, and most in {len(most)}"
+            f" tensors; {_IN_FLOAT32}"
         )
 
 
